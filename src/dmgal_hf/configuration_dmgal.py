@@ -1,0 +1,187 @@
+"""DMGAL model configuration."""
+
+import difflib
+
+from transformers import AutoConfig, PreTrainedConfig, ResNetConfig
+
+FORMAT_VERSION = 1
+
+# What transformers itself writes into config.json or hands to a config besides the declared fields.
+_TRANSFORMERS_KEYS = {
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+class DmgalConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`DmgalModel`]: the image backbone, the paradigm and every switch an ablation needs.
+
+    Args:
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*, defaults to ResNet-50):
+            Any transformers vision configuration: ResNet, ViT, CLIP vision, DINOv2, DINOv3, SigLIP vision, ...
+        paradigm (`str`, *optional*, defaults to `"ft"`):
+            `"ft"` (DMGAL-FT: S-MGA, mixer and C-MGA on top of a backbone, all weights train) or `"adapter"`
+            (DMGAL-Adapter: a frozen ViT with Smga- and Cmga-Adapters inside).
+        num_frames (`int`, *optional*, defaults to 8):
+            Frames a video, T.
+        motion_reduction (`int`, *optional*, defaults to 8):
+            Channel reduction r of the motion features: they have C / r channels.
+        motion_directions (`str`, *optional*, defaults to `"both"`):
+            `"both"`, `"forward"` or `"backward"`: which frame differences give attention scores.
+        motion_scales (`list[str]`, *optional*, defaults to `["half", "full"]`):
+            Which convolved scales are averaged with the plain difference: any of `"half"` and `"full"`.
+        self_motion_attention (`bool`, *optional*, defaults to `True`):
+            S-MGA, attention within a video ("ft" only; adapters have switches of their own).
+        mixer (`bool`, *optional*, defaults to `True`):
+            The temporal and channel mixer between the two ("ft" only). It fixes the number of frames.
+        cross_motion_attention (`bool`, *optional*, defaults to `True`):
+            C-MGA, attention of the queries to all supports of the episode ("ft" only).
+        attention_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout on the attention weights.
+        position_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout on the motion features after the position code was added (S-MGA).
+        position_scale (`float`, *optional*, defaults to 0.1):
+            Factor of the sinusoidal position code (S-MGA).
+        alignment (`str`, *optional*, defaults to `"bi_mhm"`):
+            How two frame sequences are compared: `"bi_mhm"` (bidirectional mean Hausdorff), `"otam"` or `"mean"`
+            (mean-pooled prototypes).
+        cosine_epsilon (`float`, *optional*, defaults to 0.01):
+            Added to the denominator of the cosine, as the authors do.
+        otam_smoothing (`float`, *optional*, defaults to 0.1):
+            Temperature of the soft minimum of OTAM.
+        frame_pooling (`str`, *optional*, defaults to `"mean"`):
+            The descriptor of a frame: `"mean"` over the patches or the class token, `"cls"`.
+        adapter_config (`dict`, *optional*):
+            Fields of [`MgaConfig`] for the adapters inside the backbone (paradigm "adapter"). `None` leaves the plain
+            frozen backbone with prototype matching: the zero-training baseline, and what peft attaches adapters to.
+        format_version (`int`, *optional*):
+            Version of the checkpoint format. One that is newer than this release understands is refused.
+
+    Raises:
+        ValueError: a field is unknown or has a value that is not allowed; the message names both.
+
+    Example:
+
+    ```python
+    >>> from transformers import ResNetConfig
+    >>> from dmgal_hf import DmgalConfig, DmgalModel
+
+    >>> config = DmgalConfig(backbone_config=ResNetConfig(depths=[1, 1], hidden_sizes=[32, 64], layer_type="basic"))
+    >>> model = DmgalModel(config)
+    ```"""
+
+    model_type = "dmgal"
+    sub_configs = {"backbone_config": AutoConfig}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    paradigm: str = "ft"
+    num_frames: int = 8
+    motion_reduction: int = 8
+    motion_directions: str = "both"
+    motion_scales: list[str] | tuple[str, ...] = ("half", "full")
+    self_motion_attention: bool = True
+    mixer: bool = True
+    cross_motion_attention: bool = True
+    attention_dropout: float = 0.1
+    position_dropout: float = 0.1
+    position_scale: float = 0.1
+    alignment: str = "bi_mhm"
+    cosine_epsilon: float = 0.01
+    otam_smoothing: float = 0.1
+    frame_pooling: str = "mean"
+    adapter_config: dict | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        self._check_version()
+        self._check_unknown(kwargs)
+        self.backbone_config = self._build_backbone_config(self.backbone_config)
+        self._check_values()
+        self.motion_scales = list(self.motion_scales)
+        super().__post_init__(**kwargs)
+
+    def _check_version(self):
+        if not isinstance(self.format_version, int) or self.format_version < 1:
+            raise ValueError(f"format_version must be a positive integer, got {self.format_version!r}.")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint has format version {self.format_version}; this release of dmgal_hf reads up to "
+                f"{FORMAT_VERSION}. Update it with `pip install -U dmgal-hf`."
+            )
+
+    def _check_unknown(self, kwargs):
+        for name in kwargs:
+            if name in _TRANSFORMERS_KEYS:
+                continue
+            known = sorted(field for field in self.__dataclass_fields__ if not field.startswith("_"))
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known fields: {', '.join(known)}."
+            raise ValueError(f"DmgalConfig has no field {name!r} (value {kwargs[name]!r}). {hint}")
+
+    @staticmethod
+    def _build_backbone_config(backbone_config):
+        if backbone_config is None:
+            return ResNetConfig()
+        if isinstance(backbone_config, PreTrainedConfig):
+            return backbone_config
+        if not isinstance(backbone_config, dict) or "model_type" not in backbone_config:
+            raise ValueError(
+                "backbone_config must be a transformers config or a dict with a 'model_type', got "
+                f"{backbone_config!r}."
+            )
+        fields = dict(backbone_config)
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+    def _check_values(self):
+        choices = {
+            "paradigm": ("ft", "adapter"),
+            "motion_directions": ("both", "forward", "backward"),
+            "alignment": ("bi_mhm", "otam", "mean"),
+            "frame_pooling": ("mean", "cls"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        for name in ("self_motion_attention", "mixer", "cross_motion_attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        for name in ("num_frames", "motion_reduction"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        for name in ("attention_dropout", "position_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
+        for name, lowest in (("position_scale", "0 or more"), ("cosine_epsilon", "0 or more"), ("otam_smoothing", "")):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or value < 0 or (not lowest and value == 0):
+                raise ValueError(f"{name} must be {lowest or 'more than 0'}, got {value!r}.")
+        scales = self.motion_scales
+        if not isinstance(scales, (list, tuple)) or set(scales) - {"half", "full"} or len(set(scales)) < len(scales):
+            raise ValueError(f"motion_scales must list 'half' and 'full' at most once each, got {scales!r}.")
+        if self.adapter_config is not None and not isinstance(self.adapter_config, dict):
+            raise ValueError(
+                f"adapter_config must be a dict of MgaConfig fields or null, got {self.adapter_config!r}."
+            )
+        if self.paradigm == "ft" and self.adapter_config is not None:
+            raise ValueError("adapter_config needs paradigm='adapter'; with paradigm='ft' leave it out.")
+        if self.paradigm == "ft" and self.frame_pooling == "cls":
+            raise ValueError(
+                "frame_pooling must be 'mean' with paradigm='ft', got 'cls': S-MGA and C-MGA work on the patches."
+            )
+
+
+__all__ = ["DmgalConfig"]

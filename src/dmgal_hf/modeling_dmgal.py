@@ -1,0 +1,405 @@
+"""DMGAL: few-shot action recognition with motion-guided attention (arXiv 2411.11335)."""
+
+import inspect
+import os
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .alignment import class_logits
+from .configuration_dmgal import DmgalConfig
+from .motion_attention import CrossMotionAttention, CrossMotionKeys, SelfMotionAttention, TemporalChannelMixer
+
+# Vision towers whose last_hidden_state comes before their final norm; all others return it normalised.
+_FINAL_NORM_OUTSIDE = {"clip_vision_model", "metaclip_2_vision_model", "chinese_clip_vision_model"}
+
+
+@dataclass
+class DmgalOutput(ModelOutput):
+    """
+    Output of [`DmgalModel`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+            Cross entropy of the logits, mean over all queries of all episodes.
+        logits (`torch.FloatTensor` of shape `(B, Q, N)`):
+            Scores of the N classes of the episode: minus the mean distance to the supports of the class.
+        support_features (`torch.FloatTensor` of shape `(B, S, T, D)`):
+            Frame descriptors of the supports, as matched.
+        query_features (`torch.FloatTensor` of shape `(B, Q, T, D)`):
+            Frame descriptors of the queries, as matched.
+        attentions (`dict[str, torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
+            `query_self` `(B, Q, T, P, P)` and, unless kept supports were given, `support_self` `(B, S, T, P, P)` of
+            S-MGA; `cross` `(B, Q, T, P, S, P)` of C-MGA; all averaged over the directions, P patches a frame.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
+            Feature maps of the queries, `(B, Q, T, C, H, W)`: from the backbone, after S-MGA, after the mixer.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    support_features: torch.FloatTensor | None = None
+    query_features: torch.FloatTensor | None = None
+    attentions: dict[str, torch.FloatTensor] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DmgalSupport:
+    """
+    Everything a query needs to know of the supports of B episodes, computed once by [`DmgalModel.encode_support`].
+
+    Attributes:
+        features (`torch.FloatTensor` of shape `(B, S, T, D)`): frame descriptors.
+        labels (`torch.LongTensor` of shape `(B, S)`): classes 0..way-1.
+        way (`int`): number of classes N.
+        states (`dict[str, torch.Tensor]`): keys and values that the queries attend to.
+    """
+
+    features: torch.Tensor
+    labels: torch.Tensor
+    way: int
+    states: dict[str, torch.Tensor]
+
+    def to(self, *args, **kwargs) -> "DmgalSupport":
+        """As [`torch.Tensor.to`]; a dtype applies to the floating tensors alone."""
+        labels = self.labels.to(self.features.to(*args, **kwargs).device)
+        states = {name: state.to(*args, **kwargs) for name, state in self.states.items()}
+        return replace(self, features=self.features.to(*args, **kwargs), labels=labels, states=states)
+
+    def save(self, path: str | os.PathLike):
+        """Writes a safetensors file."""
+        tensors = {"features": self.features, "labels": self.labels, **self.states}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, path, metadata={"format": "pt", "way": str(self.way)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "DmgalSupport":
+        """Reads what [`save`] wrote. Raises `ValueError` for another kind of safetensors file."""
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            way = (file.metadata() or {}).get("way")
+        if way is None or not {"features", "labels"} <= tensors.keys():
+            raise ValueError(f"{os.fspath(path)} holds no supports: write it with DmgalSupport.save().")
+        return cls(tensors.pop("features"), tensors.pop("labels"), int(way), tensors)
+
+
+class DmgalPreTrainedModel(PreTrainedModel):
+    config_class = DmgalConfig
+    base_model_prefix = "dmgal"
+    main_input_name = "query_pixel_values"
+    input_modalities = ("video",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["SelfMotionAttention", "TemporalChannelMixer", "CrossMotionAttention"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # As the authors: convolutions by their fan-out, both attentions switched off at first (gamma = 0).
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+            init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
+        elif isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if isinstance(module, nn.BatchNorm2d):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, SelfMotionAttention):
+            init.zeros_(module.gamma)
+        elif isinstance(module, CrossMotionAttention):
+            init.zeros_(module.gamma_self)
+            init.zeros_(module.gamma_cross)
+
+
+class DmgalModel(DmgalPreTrainedModel):
+    """
+    Classifies query videos among the classes of their episode, each given by a few support videos.
+
+    Args:
+        config ([`DmgalConfig`]): the configuration.
+        backbone (`PreTrainedModel`, *optional*): a vision model to build on; by default one is made from
+            `config.backbone_config`.
+    """
+
+    def __init__(self, config: DmgalConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.backbone = _build_backbone(config.backbone_config) if backbone is None else backbone
+        self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
+        channels = _num_channels(config.backbone_config)
+        full = config.paradigm == "ft"
+        self.self_attention = SelfMotionAttention(config, channels) if full and config.self_motion_attention else None
+        self.mixer = TemporalChannelMixer(config.num_frames, channels) if full and config.mixer else None
+        self.cross_attention = (
+            CrossMotionAttention(config, channels) if full and config.cross_motion_attention else None
+        )
+        self.post_init()
+
+    @classmethod
+    def from_backbone(cls, backbone: str | os.PathLike | PreTrainedModel, **kwargs) -> "DmgalModel":
+        """
+        Starts from a pretrained image backbone.
+
+        Args:
+            backbone (`str`, `os.PathLike` or `PreTrainedModel`):
+                A model id, a folder, or a loaded transformers vision model. Of a model of several towers (CLIP,
+                SigLIP) the vision tower is taken.
+            kwargs:
+                Fields of [`DmgalConfig`].
+
+        Raises:
+            ValueError: the backbone has no known vision configuration.
+        """
+        if not isinstance(backbone, PreTrainedModel):
+            backbone = _load_backbone(backbone)
+        elif hasattr(backbone, "vision_model") and hasattr(backbone.config, "vision_config"):
+            backbone = backbone.vision_model
+        return cls(DmgalConfig(backbone_config=backbone.config, **kwargs), backbone=backbone)
+
+    def encode_support(self, support_pixel_values: torch.Tensor, support_labels: torch.Tensor) -> DmgalSupport:
+        """
+        Computes everything about the supports that queries need, once.
+
+        Args:
+            support_pixel_values (`torch.FloatTensor` of shape `(B, S, T, 3, H, W)`): supports of B episodes.
+            support_labels (`torch.LongTensor` of shape `(B, S)`): their classes, 0..N-1, each at least once.
+
+        Returns:
+            [`DmgalSupport`] to be handed to [`forward`] as `support`.
+        """
+        return self._encode_support(support_pixel_values, support_labels)[0]
+
+    def forward(
+        self,
+        support_pixel_values: torch.FloatTensor | None = None,
+        support_labels: torch.LongTensor | None = None,
+        query_pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        support: DmgalSupport | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DmgalOutput | tuple:
+        """
+        Scores the queries of B episodes, each as if it were alone.
+
+        Args:
+            support_pixel_values (`torch.FloatTensor` of shape `(B, S, T, 3, H, W)`):
+                Support videos, normalised by [`DmgalVideoProcessor`].
+            support_labels (`torch.LongTensor` of shape `(B, S)`):
+                Their classes, 0..N-1. Any way and shot; classes may have different numbers of shots.
+            query_pixel_values (`torch.FloatTensor` of shape `(B, Q, T, 3, H, W)`):
+                Query videos.
+            labels (`torch.LongTensor` of shape `(B, Q)`, *optional*):
+                Classes of the queries, for the loss.
+            support ([`DmgalSupport`], *optional*):
+                Supports from [`encode_support`], in place of the first two arguments.
+            output_attentions (`bool`, *optional*): also return the attention maps.
+            output_hidden_states (`bool`, *optional*): also return the feature maps of the queries.
+            return_dict (`bool`, *optional*): `False` returns a plain tuple.
+
+        Raises:
+            ValueError: a shape, a dtype, a label or a number of frames does not fit; the message says which.
+        """
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if query_pixel_values is None:
+            raise ValueError("query_pixel_values is missing: pass the query videos, (B, Q, T, 3, H, W).")
+        if (support is None) == (support_pixel_values is None):
+            raise ValueError(
+                "Pass either support_pixel_values with support_labels, or support from encode_support(): got "
+                f"{'neither' if support is None else 'both'}."
+            )
+        attentions = {}
+        if support is None:
+            support, attention = self._encode_support(support_pixel_values, support_labels)
+            attentions["support_self"] = attention
+        self._check_query(query_pixel_values, labels, support)
+
+        maps, attentions["query_self"], hidden_states = self._encode_videos(query_pixel_values)
+        if self.cross_attention is not None:
+            keys = CrossMotionKeys(support.states["cross.motion"], support.states["cross.values"])
+            query_features, attentions["cross"] = self.cross_attention.describe(maps, keys)
+        else:
+            query_features = maps.mean((-1, -2))
+        logits = class_logits(
+            query_features,
+            support.features,
+            support.labels,
+            support.way,
+            self.config.alignment,
+            self.config.cosine_epsilon,
+            self.config.otam_smoothing,
+        )
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        attentions = {name: attention for name, attention in attentions.items() if attention is not None}
+        output = DmgalOutput(
+            loss=loss,
+            logits=logits,
+            support_features=support.features,
+            query_features=query_features,
+            attentions=attentions if output_attentions else None,
+            hidden_states=hidden_states if output_hidden_states else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _encode_support(self, pixel_values, labels):
+        self._check_support(pixel_values, labels)
+        maps, attention, _ = self._encode_videos(pixel_values)
+        states = {}
+        if self.cross_attention is not None:
+            maps, keys = self.cross_attention.encode_support(maps)
+            states = {"cross.motion": keys.motion, "cross.values": keys.values}
+        way = int(labels.max()) + 1
+        return DmgalSupport(maps.mean((-1, -2)), labels, way, states), attention
+
+    def _encode_videos(self, pixel_values: torch.Tensor):
+        """What does not depend on the episode: (B, V, T, 3, H, W) -> maps (B, V, T, C, h, w), S-MGA's attention."""
+        batch = pixel_values.shape[:2]
+        maps = self._backbone_maps(pixel_values.flatten(0, 2)).unflatten(0, (-1, pixel_values.shape[2]))
+        hidden_states = [maps]
+        attention = None
+        if self.self_attention is not None:
+            maps, attention = self.self_attention(maps)
+            attention = attention.unflatten(0, batch)
+            hidden_states.append(maps)
+        if self.mixer is not None:
+            maps = self.mixer(maps)
+            hidden_states.append(maps)
+        return maps.unflatten(0, batch), attention, tuple(state.unflatten(0, batch) for state in hidden_states)
+
+    def _backbone_maps(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames (F, 3, H, W) -> feature maps (F, C, h, w)."""
+        kwargs = {}
+        image_size = getattr(self.config.backbone_config, "image_size", None)
+        if image_size is not None and tuple(frames.shape[-2:]) != _pair(image_size):
+            kwargs["interpolate_pos_encoding"] = True
+        hidden_states = self.backbone(pixel_values=frames, **kwargs).last_hidden_state
+        if hidden_states.dim() == 4:
+            return hidden_states
+        if self.config.backbone_config.model_type in _FINAL_NORM_OUTSIDE:
+            hidden_states = self.backbone.post_layernorm(hidden_states)
+        patch = _pair(self.config.backbone_config.patch_size)
+        grid = (frames.shape[-2] // patch[0], frames.shape[-1] // patch[1])
+        num_prefix_tokens = hidden_states.shape[1] - grid[0] * grid[1]
+        return hidden_states[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid)
+
+    def _check_videos(self, name: str, pixel_values: torch.Tensor):
+        if pixel_values.dim() != 6 or pixel_values.shape[3] != 3:
+            raise ValueError(
+                f"{name} must have the shape (episodes, videos, frames, 3, height, width), got "
+                f"{tuple(pixel_values.shape)}. A single episode needs a leading 1."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating, got {pixel_values.dtype}: prepare it with the video processor."
+            )
+        if 0 in pixel_values.shape:
+            raise ValueError(f"{name} is empty: its shape is {tuple(pixel_values.shape)}.")
+        if self.mixer is not None and pixel_values.shape[2] != self.config.num_frames:
+            raise ValueError(
+                f"{name} has {pixel_values.shape[2]} frames a video, but the mixer of this model is made for "
+                f"num_frames={self.config.num_frames}."
+            )
+
+    def _check_support(self, pixel_values: torch.Tensor, labels: torch.Tensor | None):
+        self._check_videos("support_pixel_values", pixel_values)
+        _check_labels("support_labels", labels, pixel_values)
+        if torch.compiler.is_compiling():
+            return
+        if int(labels.min()) < 0:
+            raise ValueError(f"support_labels must be 0 or more, got {int(labels.min())}.")
+        present = F.one_hot(labels).any(1)  # (B, N)
+        if not present.all():
+            episode, missing = (~present).nonzero()[0].tolist()
+            raise ValueError(
+                f"support_labels must use every class from 0 to {present.shape[1] - 1}: episode {episode} has no "
+                f"support of class {missing}. Number its classes without gaps."
+            )
+
+    def _check_query(self, pixel_values: torch.Tensor, labels: torch.Tensor | None, support: DmgalSupport):
+        self._check_videos("query_pixel_values", pixel_values)
+        episodes, _, num_frames = support.features.shape[:3]
+        if (pixel_values.shape[0], pixel_values.shape[2]) != (episodes, num_frames):
+            raise ValueError(
+                f"query_pixel_values has {pixel_values.shape[0]} episodes of {pixel_values.shape[2]} frames a video, "
+                f"the supports have {episodes} of {num_frames}: both must agree."
+            )
+        if labels is None:
+            return
+        _check_labels("labels", labels, pixel_values)
+        if torch.compiler.is_compiling():
+            return
+        lowest, highest = int(labels.min()), int(labels.max())
+        if lowest < 0 or highest >= support.way:
+            raise ValueError(
+                f"labels must lie in 0..{support.way - 1}, the classes of the supports, got {lowest}..{highest}."
+            )
+
+
+def _check_labels(name: str, labels: torch.Tensor | None, pixel_values: torch.Tensor):
+    shape = tuple(pixel_values.shape[:2])
+    if labels is None:
+        raise ValueError(f"{name} is missing: pass one class number a video, shape {shape}.")
+    if tuple(labels.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape}, one a video, got {tuple(labels.shape)}.")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {labels.dtype}.")
+
+
+def _pair(size: int | list | tuple) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _num_channels(backbone_config: PreTrainedConfig) -> int:
+    if hasattr(backbone_config, "hidden_sizes"):
+        return backbone_config.hidden_sizes[-1]
+    if hasattr(backbone_config, "hidden_size"):
+        return backbone_config.hidden_size
+    raise ValueError(
+        f"backbone_config of type {backbone_config.model_type!r} has neither hidden_size nor hidden_sizes: choose a "
+        "transformers vision model such as ResNet, ViT, CLIP vision, DINOv2, DINOv3 or SigLIP vision."
+    )
+
+
+def _backbone_class(backbone_config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dict]:
+    """The model class and the arguments that leave out a pooling head: its weights would never get a gradient."""
+    if type(backbone_config) not in MODEL_MAPPING:
+        raise ValueError(f"transformers has no model for a backbone_config of type {backbone_config.model_type!r}.")
+    if hasattr(backbone_config, "vision_use_head"):
+        backbone_config.vision_use_head = False
+    model_class = MODEL_MAPPING[type(backbone_config)]
+    has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return model_class, {"add_pooling_layer": False} if has_pooler else {}
+
+
+def _build_backbone(backbone_config: PreTrainedConfig) -> PreTrainedModel:
+    model_class, kwargs = _backbone_class(backbone_config)
+    return model_class._from_config(backbone_config, **kwargs)
+
+
+def _load_backbone(name_or_path: str | os.PathLike) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name_or_path)
+    config = getattr(config, "vision_config", config)
+    model_class, kwargs = _backbone_class(config)
+    return model_class.from_pretrained(name_or_path, config=config, **kwargs)
+
+
+__all__ = ["DmgalModel", "DmgalOutput", "DmgalPreTrainedModel", "DmgalSupport"]
