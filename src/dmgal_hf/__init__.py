@@ -1,12 +1,35 @@
 """Few-shot action recognition with motion-guided attention (DMGAL) for the Hugging Face ecosystem."""
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import is_torchvision_available
 
 from .configuration_dmgal import DmgalConfig
 from .modeling_dmgal import DmgalModel, DmgalOutput, DmgalPreTrainedModel, DmgalSupport
+from .video_decoding import VideoDecodeError
+from .video_processing_dmgal import DmgalVideoProcessor
 
 AutoConfig.register("dmgal", DmgalConfig, exist_ok=True)
 AutoModel.register(DmgalConfig, DmgalModel, exist_ok=True)
+AutoProcessor.register(DmgalConfig, DmgalVideoProcessor, exist_ok=True)
+# Both backends name the one class, so that neither is looked for.
+AutoImageProcessor.register(
+    DmgalConfig,
+    exist_ok=True,
+    image_processor_classes={"pil": DmgalVideoProcessor, "torchvision": DmgalVideoProcessor},
+)
+if is_torchvision_available():
+    from transformers import AutoVideoProcessor
+
+    AutoVideoProcessor.register(DmgalConfig, DmgalVideoProcessor, exist_ok=True)
 
 __version__ = "0.1.0"
-__all__ = ["DmgalConfig", "DmgalModel", "DmgalOutput", "DmgalPreTrainedModel", "DmgalSupport"]
+__all__ = [
+    "DmgalConfig",
+    "DmgalModel",
+    "DmgalOutput",
+    "DmgalPreTrainedModel",
+    "DmgalSupport",
+    "DmgalVideoProcessor",
+    "VideoDecodeError",
+]

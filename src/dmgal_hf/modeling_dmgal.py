@@ -140,7 +140,7 @@ class DmgalModel(DmgalPreTrainedModel):
         super().__init__(config)
         self.backbone = _build_backbone(config.backbone_config) if backbone is None else backbone
         self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
-        channels = _num_channels(config.backbone_config)
+        self.num_features = channels = _num_channels(config.backbone_config)
         full = config.paradigm == "ft"
         self.self_attention = SelfMotionAttention(config, channels) if full and config.self_motion_attention else None
         self.mixer = TemporalChannelMixer(config.num_frames, channels) if full and config.mixer else None

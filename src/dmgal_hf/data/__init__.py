@@ -1,0 +1,24 @@
+"""Videos, splits, episodes: everything is a `datasets.Dataset`."""
+
+from .benchmarks import load_benchmark, load_video_folder
+from .episode_videos import EpisodeVideos, collate_episodes, seed_from
+from .episodes import EpisodeSource, check_episodes, episodes_id, load_episodes, sample_episodes
+from .motion_shapes import load_motion_shapes
+from .splits import BENCHMARKS
+from .transforms import ClipAugmentation
+
+__all__ = [
+    "BENCHMARKS",
+    "ClipAugmentation",
+    "EpisodeSource",
+    "EpisodeVideos",
+    "check_episodes",
+    "collate_episodes",
+    "episodes_id",
+    "load_benchmark",
+    "load_episodes",
+    "load_motion_shapes",
+    "load_video_folder",
+    "sample_episodes",
+    "seed_from",
+]

@@ -1,0 +1,17 @@
+"""Trains DMGAL: `accelerate launch scripts/train.py [--config FILE.yaml] [--field value ...]`.
+
+Without --config it runs the quick start, scripts/configs/motion_shapes_ft.yaml.
+"""
+
+from pathlib import Path
+
+from dmgal_hf.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
+from dmgal_hf.training import describe_result, train
+
+if __name__ == "__main__":
+    arguments = parse_arguments(
+        (DataArguments, ModelArguments, TrainArguments),
+        default_config=Path(__file__).parent / "configs" / "motion_shapes_ft.yaml",
+    )
+    train(*arguments)
+    describe_result(*arguments)

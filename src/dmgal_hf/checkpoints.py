@@ -1,0 +1,157 @@
+"""Resumable states of a training run: written aside and renamed, so that what is there is complete."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+PROGRESS_FILE = "progress.json"
+
+# What may differ between a run and its continuation: it changes neither the episodes nor the updates.
+FREE_FIELDS = {
+    "output_dir", "resume", "num_workers", "cache_dir", "videos", "splits", "checkpoint_every", "keep_checkpoints",
+    "report_to", "test_episodes", "max_bad_steps", "max_broken",
+}  # fmt: skip
+
+
+@dataclass
+class Progress:
+    """
+    Where a run stands beside its weights.
+
+    Attributes:
+        episodes (`int`): training episodes that are done.
+        best_accuracy (`float`): best validation accuracy so far, in percent; below 0 before the first.
+        best_episodes (`int`): when it was reached.
+        bad_steps (`int`): steps left out because of a loss that was not finite.
+        bad_in_a_row (`int`): the last of them without a good one between.
+        broken (`list[str]`): unreadable training videos, by path.
+        history (`list[dict]`): losses and accuracies along the way.
+        arguments (`dict`): fields of the run, to be compared on resuming.
+        scheduler (`dict`): state of the learning-rate schedule.
+    """
+
+    episodes: int = 0
+    best_accuracy: float = -1.0
+    best_episodes: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    broken: list[str] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def write_aside(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
+    """Gives all processes a folder to write into, which takes the place of `folder` when all are done."""
+    aside = folder.with_name(f".{folder.name}.aside")
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    yield aside
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progress, keep: int):
+    """Writes `output_dir/checkpoints/episode-N` and removes all but the newest `keep`."""
+    folder = output_dir / "checkpoints" / f"episode-{progress.episodes:09d}"
+    with write_aside(folder, accelerator) as aside:
+        accelerator.save_state(str(aside))
+        if accelerator.is_main_process:
+            (aside / PROGRESS_FILE).write_text(json.dumps(asdict(progress)))
+    if accelerator.is_main_process:
+        for old in list_checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete resumable states, oldest first."""
+    return sorted((output_dir / "checkpoints").glob("episode-*"))
+
+
+def load_checkpoint(accelerator: Accelerator, output_dir: Path, arguments: dict[str, Any]) -> Progress:
+    """
+    Puts the newest resumable state into what `accelerator` has prepared.
+
+    Raises:
+        FileNotFoundError: there is none, or a file of it is missing.
+        ValueError: it belongs to a run with other arguments; the differing fields are named.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        raise FileNotFoundError(f"there is nothing to resume under {output_dir / 'checkpoints'}: leave out --resume")
+    folder = checkpoints[-1]
+    if not (folder / PROGRESS_FILE).is_file():
+        raise FileNotFoundError(f"{folder} lacks {PROGRESS_FILE}: remove that folder to resume from an older state")
+    progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+    here = json.loads(json.dumps(arguments))
+    differing = [
+        f"{name} was {progress.arguments.get(name)!r} and is {here.get(name)!r}"
+        for name in sorted(progress.arguments.keys() | here.keys())
+        if name not in FREE_FIELDS and progress.arguments.get(name) != here.get(name)
+    ]
+    if differing:
+        raise ValueError(f"{folder} belongs to another run: {'; '.join(differing)}. Restore these or train anew.")
+    try:
+        accelerator.load_state(str(folder))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder} is not complete ({error}): remove that folder to resume from an older state"
+        ) from error
+    return progress
+
+
+class StopSignal:
+    """
+    Turns SIGTERM and Ctrl-C into a request that the training loop honours after its step. A second Ctrl-C is not held
+    back.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received = 0
+
+    def __enter__(self) -> "StopSignal":
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self) -> int:
+        """The signal that any process received, 0 if none: all processes get the same answer at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        received = torch.tensor([self.received], device=self.accelerator.device)
+        return int(self.accelerator.gather(received).max())
+
+
+def replace_file(path: Path, text: str):
+    """Writes a text file whole or not at all."""
+    aside = path.with_name(f".{path.name}.aside")
+    aside.write_text(text)
+    os.replace(aside, path)

@@ -1,0 +1,126 @@
+"""Episodes as tensors: reads the videos that an episode names."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from ..video_decoding import VideoDecodeError, read_frames
+from ..video_processing_dmgal import DmgalVideoProcessor
+from .transforms import ClipAugmentation
+
+
+class Episodes(Protocol):
+    """An [`EpisodeSource`] or an episode list: `episodes[i]` names rows of the video dataset."""
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]: ...
+
+
+class EpisodeVideos(torch.utils.data.Dataset):
+    """
+    Map-style dataset of episodes for a `DataLoader`. Item i is a pure function of (videos, episodes, seed, i):
+    whichever worker or process asks for it gets the same tensors.
+
+    In evaluation all clips are sampled at segment centres, resized and centre-cropped by the processor. In training
+    (`augmentations` given) supports are sampled at random within the segments, queries at the centres (method: "The
+    task"), and both are augmented.
+
+    Args:
+        videos (`datasets.Dataset`): columns `video` and `label`.
+        episodes ([`EpisodeSource`] or `datasets.Dataset`): which rows make an episode.
+        processor ([`DmgalVideoProcessor`]): number of frames, and the size of what is not augmented.
+        augmentations (pair of [`ClipAugmentation`], *optional*): for the supports and for the queries.
+        seed (`int`): of all random draws.
+        replace_broken (`bool`): a video that cannot be read is replaced by another clip of its class, drawn from the
+            clip's own random stream, and named in the item's `broken`. Otherwise it is an error.
+    """
+
+    def __init__(
+        self,
+        videos: Dataset,
+        episodes: Episodes,
+        processor: DmgalVideoProcessor,
+        augmentations: tuple[ClipAugmentation, ClipAugmentation] | None = None,
+        seed: int = 0,
+        replace_broken: bool = False,
+    ):
+        self.classes = np.asarray(videos["label"])
+        self.videos = videos.select_columns("video")
+        self.episodes = episodes
+        self.processor = processor
+        self.augmentations = augmentations
+        self.seed = seed
+        self.replace_broken = replace_broken
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """
+        Returns:
+            `dict` with `support_pixel_values` (S, T, 3, H, W) and `query_pixel_values` (Q, T, 3, H, W), uint8;
+            `support_labels` (S,) and `labels` (Q,), int64 classes of the episode; `support_classes` and
+            `query_classes`, int64 classes of the dataset; `episode`, the index; `broken`, paths of unreadable videos.
+
+        Raises:
+            VideoDecodeError: a video cannot be read and is not replaced.
+        """
+        episode = self.episodes[index]
+        used = {*episode["support"], *episode["query"]}
+        broken: list[str] = []
+        item = {
+            "support_labels": torch.tensor(episode["support_labels"]),
+            "labels": torch.tensor(episode["query_labels"]),
+            "support_classes": torch.from_numpy(self.classes[episode["support"]]),
+            "query_classes": torch.from_numpy(self.classes[episode["query"]]),
+            "episode": index,
+            "broken": broken,
+        }
+        for part in ("support", "query"):
+            clips = [self._clip(row, part, f"{index}/{part}/{k}", used, broken) for k, row in enumerate(episode[part])]
+            item[f"{part}_pixel_values"] = torch.stack(clips)
+        return item
+
+    def _clip(self, row: int, part: str, name: str, used: set[int], broken: list[str]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed_from(self.seed, name))
+        sampling = generator if part == "support" and self.augmentations else None
+        frames = None
+        while frames is None:
+            try:
+                frames = read_frames(self.videos[row]["video"], self.processor.num_frames, sampling)
+            except VideoDecodeError as error:
+                if not self.replace_broken:
+                    raise
+                broken.append(error.source)
+                row = self._other_clip(row, used, generator, error)
+        if self.augmentations is None:
+            return self.processor.resize_and_crop(frames)
+        return self.augmentations[part == "query"](frames, generator)
+
+    def _other_clip(self, row: int, used: set[int], generator: torch.Generator, error: VideoDecodeError) -> int:
+        candidates = [
+            other for other in np.flatnonzero(self.classes == self.classes[row]).tolist() if other not in used
+        ]
+        if not candidates:
+            raise VideoDecodeError(error.source, "cannot be read, and its class has no other clip to take instead")
+        choice = candidates[int(torch.randint(len(candidates), (), generator=generator))]
+        used.add(choice)
+        return choice
+
+
+def collate_episodes(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks items of [`EpisodeVideos`] of equal size: (B, ...) tensors, `broken` as one list."""
+    batch = {
+        name: torch.stack([item[name] for item in items]) for name in items[0] if name not in ("episode", "broken")
+    }
+    batch["episode"] = torch.tensor([item["episode"] for item in items])
+    batch["broken"] = [path for item in items for path in item["broken"]]
+    return batch
+
+
+def seed_from(seed: int, name: str) -> int:
+    """A seed for `torch.Generator`, from a seed and the name of what is drawn."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,106 @@
+"""Few-shot evaluation: accuracy over a list of episodes, sharded over processes."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .data.episode_videos import EpisodeVideos, collate_episodes
+from .data.episodes import episodes_id
+from .modeling_dmgal import DmgalModel
+from .video_processing_dmgal import DmgalVideoProcessor
+
+
+def evaluate_episodes(
+    model: DmgalModel,
+    processor: DmgalVideoProcessor,
+    videos: Dataset,
+    episodes: Dataset,
+    accelerator: Accelerator,
+    num_workers: int = 0,
+    description: str = "Evaluating",
+) -> dict[str, Any]:
+    """
+    Scores every query of every episode once, the episodes shared out among the processes.
+
+    Args:
+        model ([`DmgalModel`]): on the accelerator's device; it is put into eval mode.
+        processor ([`DmgalVideoProcessor`]): of the model.
+        videos (`datasets.Dataset`): columns `video` and `label` (`ClassLabel`).
+        episodes (`datasets.Dataset`): an episode list over the rows of `videos`.
+        accelerator (`Accelerator`): of the run.
+        num_workers (`int`): processes that read videos, for each process that computes.
+        description (`str`): of the progress bar.
+
+    Returns:
+        `dict`, the same on every process: see [`summarize`].
+
+    Raises:
+        VideoDecodeError: a video of an episode cannot be read.
+    """
+    data = EpisodeVideos(videos, episodes, processor)
+    loader = DataLoader(data, batch_size=1, num_workers=num_workers, collate_fn=collate_episodes)
+    loader = accelerator.prepare_data_loader(loader)
+    model.eval()
+    rows = []
+    for batch in tqdm(loader, desc=description, disable=not accelerator.is_main_process, leave=False):
+        with torch.no_grad(), accelerator.autocast():
+            logits = model(
+                support_pixel_values=processor.normalize(batch["support_pixel_values"]),
+                support_labels=batch["support_labels"],
+                query_pixel_values=processor.normalize(batch["query_pixel_values"]),
+            ).logits
+        # Classes of the episode -> classes of the dataset.
+        way = logits.shape[-1]
+        classes = torch.zeros_like(batch["support_classes"][:, :way])
+        classes.scatter_(1, batch["support_labels"], batch["support_classes"])
+        predicted = classes.gather(1, logits.argmax(-1))
+        episode = batch["episode"][:, None].expand_as(predicted)
+        rows.append(torch.stack([episode, batch["query_classes"], predicted], -1).flatten(0, 1))
+    rows = accelerator.gather(accelerator.pad_across_processes(torch.cat(rows), pad_index=-1)).cpu().numpy()
+    return summarize(rows, videos.features["label"].names, episodes)
+
+
+def summarize(rows: np.ndarray, class_names: list[str], episodes: Dataset) -> dict[str, Any]:
+    """
+    Args:
+        rows (`np.ndarray` of shape `(queries, 3)`): episode, true and predicted class; episode -1 is padding, and an
+            episode that was handed to two processes counts once.
+        class_names (`list[str]`): names of the dataset's classes.
+        episodes (`datasets.Dataset`): the list that was evaluated.
+
+    Returns:
+        `dict` with `accuracy`, the mean over the episodes, and `confidence_interval`, half the width of its 95 %
+        interval (1.96 standard errors), both in percent; `num_episodes`, `num_queries`, `episodes_id`;
+        `per_class`, accuracy in percent by class name; `confusion`, true class -> predicted class -> queries.
+    """
+    rows = rows[rows[:, 0] >= 0]
+    num_queries = np.array([len(query) for query in episodes["query"]])
+    order = np.argsort(rows[:, 0], kind="stable")
+    rows = rows[order]
+    # Ragged batches are padded by repeating episodes: keep the first of each.
+    position = np.arange(len(rows)) - np.searchsorted(rows[:, 0], rows[:, 0])
+    rows = rows[position < num_queries[rows[:, 0]]]
+    correct = rows[:, 1] == rows[:, 2]
+    accuracy = np.bincount(rows[:, 0], correct) / np.bincount(rows[:, 0])
+    spread = accuracy.std(ddof=1) / np.sqrt(len(accuracy)) if len(accuracy) > 1 else float("nan")
+    true, predicted = rows[:, 1], rows[:, 2]
+    confusion = {
+        class_names[c]: {
+            class_names[p]: int(((true == c) & (predicted == p)).sum()) for p in np.unique(predicted[true == c])
+        }
+        for c in np.unique(true)
+    }
+    return {
+        "accuracy": 100 * float(accuracy.mean()),
+        "confidence_interval": 196 * float(spread),
+        "num_episodes": len(accuracy),
+        "num_queries": len(rows),
+        "episodes_id": episodes_id(episodes),
+        "per_class": {class_names[c]: 100 * float(correct[true == c].mean()) for c in np.unique(true)},
+        "confusion": confusion,
+    }

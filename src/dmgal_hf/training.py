@@ -1,0 +1,453 @@
+"""Episodic training of DMGAL with Accelerate: what scripts/train.py runs."""
+
+import json
+import math
+import resource
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset, DatasetDict
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor, get_scheduler
+
+from .arguments import DataArguments, ModelArguments, TrainArguments
+from .checkpoints import Progress, StopSignal, load_checkpoint, replace_file, save_checkpoint, write_aside
+from .configuration_dmgal import DmgalConfig
+from .data import (
+    BENCHMARKS,
+    ClipAugmentation,
+    EpisodeSource,
+    EpisodeVideos,
+    collate_episodes,
+    load_benchmark,
+    load_motion_shapes,
+    load_video_folder,
+    sample_episodes,
+    seed_from,
+)
+from .evaluation import evaluate_episodes
+from .modeling_dmgal import DmgalModel, DmgalOutput
+from .video_processing_dmgal import DmgalVideoProcessor
+
+logger = get_logger(__name__)
+
+
+def load_videos(arguments: DataArguments) -> DatasetDict:
+    """The dataset that `arguments` name, with splits `train`, `validation` and `test` of disjoint classes."""
+    if arguments.dataset == "motion_shapes":
+        return load_motion_shapes(arguments.preset, arguments.clips_per_class, cache_dir=arguments.cache_dir)
+    if arguments.dataset != "folder" and arguments.dataset not in BENCHMARKS:
+        raise ValueError(
+            f"dataset must be motion_shapes, folder or one of {', '.join(BENCHMARKS)}, got {arguments.dataset!r}."
+        )
+    if arguments.videos is None:
+        raise ValueError(f"dataset {arguments.dataset!r} needs videos: the folder that holds them.")
+    if arguments.dataset == "folder":
+        return load_video_folder(arguments.videos)
+    return load_benchmark(arguments.dataset, arguments.videos, arguments.splits, allow_missing=arguments.allow_missing)
+
+
+def build_model(model: ModelArguments, data: DataArguments) -> tuple[DmgalModel, DmgalVideoProcessor]:
+    """The model to train and its processor; a pretrained backbone brings its own normalisation."""
+    fields = {"num_frames": model.num_frames, "size": data.resize, "crop_size": data.crop_size}
+    if model.backbone is not None:
+        processor = DmgalVideoProcessor.from_pretrained(model.backbone, **fields)
+        return DmgalModel.from_backbone(model.backbone, **model.config_fields()), processor
+    config = DmgalConfig(backbone_config=model.backbone_config, **model.config_fields())
+    return DmgalModel(config), DmgalVideoProcessor(**fields)
+
+
+class EpisodeLearner(nn.Module):
+    """
+    The model with the loss of an episode. Beside the few-shot loss it may name the base class of every clip from the
+    mean of its frame descriptors (ours; off by default): a linear layer that training needs and checkpoints leave out.
+
+    Args:
+        model ([`DmgalModel`]): the model.
+        processor ([`DmgalVideoProcessor`]): normalises the uint8 frames, on the device.
+        num_classes (`int`): classes of the training dataset, numbered from 0.
+        class_loss_weight (`float`): weight of the extra loss.
+    """
+
+    def __init__(self, model: DmgalModel, processor: DmgalVideoProcessor, num_classes: int, class_loss_weight: float):
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.class_loss_weight = class_loss_weight
+        self.class_head = nn.Linear(model.num_features, num_classes) if class_loss_weight > 0 else None
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, DmgalOutput]:
+        """A batch of [`EpisodeVideos`] -> the loss to minimise, and the output of the model."""
+        output = self.model(
+            support_pixel_values=self.processor.normalize(batch["support_pixel_values"]),
+            support_labels=batch["support_labels"],
+            query_pixel_values=self.processor.normalize(batch["query_pixel_values"]),
+            labels=batch["labels"],
+        )
+        loss = output.loss
+        if self.class_head is not None:
+            features = torch.cat([output.support_features, output.query_features], 1).mean(2)  # (B, S + Q, D)
+            classes = torch.cat([batch["support_classes"], batch["query_classes"]], 1)
+            class_loss = F.cross_entropy(self.class_head(features).flatten(0, 1).float(), classes.flatten())
+            loss = loss + self.class_loss_weight * class_loss
+        return loss, output
+
+
+def build_optimizer(learner: nn.Module, arguments: TrainArguments) -> torch.optim.Optimizer:
+    """Over what is trainable; gains, biases and norms are free of weight decay."""
+    trainable = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": arguments.weight_decay},
+        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if arguments.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=arguments.learning_rate, momentum=arguments.momentum)
+    return torch.optim.AdamW(groups, lr=arguments.learning_rate)
+
+
+def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments) -> dict[str, Any]:
+    """
+    Trains on the base classes, keeps the model that is best on the validation classes, and tests it on novel ones.
+
+    The run is a pure function of its arguments: every episode, every augmentation and every dropout mask is drawn
+    from the seed and the number of the episode, whatever the number of processes and workers, and whether the run was
+    interrupted or not.
+
+    Writes into `output_dir`: the model and its processor, `config.yaml`, `metrics.json`, and `checkpoints/`.
+
+    Args:
+        data ([`DataArguments`]): which videos.
+        model ([`ModelArguments`]): which model.
+        arguments ([`TrainArguments`]): how it is trained.
+
+    Returns:
+        `dict`: what metrics.json holds.
+
+    Raises:
+        ValueError: arguments that do not fit each other, the data or the number of processes.
+        RuntimeError: too many steps in a row without a finite loss, or too many unreadable videos.
+        SystemExit: SIGTERM or Ctrl-C, after a resumable state was written.
+    """
+    accelerator = build_accelerator(arguments)
+    output_dir = Path(arguments.output_dir)
+    fields = {**asdict(data), **asdict(model), **asdict(arguments)}
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        replace_file(output_dir / "config.yaml", yaml.safe_dump(fields, sort_keys=False))
+    accelerator.init_trackers("dmgal", {name: str(value) for name, value in fields.items()})
+    with accelerator.local_main_process_first():
+        videos = load_videos(data)
+    run = TrainingRun(accelerator, data, model, arguments, videos, fields)
+    with StopSignal(accelerator) as stop:
+        run.train(stop)
+    metrics = run.finish()
+    accelerator.end_training()
+    return metrics
+
+
+def build_accelerator(arguments: TrainArguments) -> Accelerator:
+    """The accelerator of a run: it accumulates so that a step has `episodes_per_step` episodes over all processes."""
+    accelerator = Accelerator(
+        mixed_precision=arguments.mixed_precision,
+        log_with=None if arguments.report_to == "none" else arguments.report_to,
+        project_dir=arguments.output_dir,
+        step_scheduler_with_optimizer=False,
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+    )
+    together = accelerator.num_processes * arguments.episodes_per_forward
+    if arguments.episodes_per_step % together:
+        raise ValueError(
+            f"episodes_per_step={arguments.episodes_per_step} cannot be shared out to {accelerator.num_processes} "
+            f"processes of episodes_per_forward={arguments.episodes_per_forward}: make it a multiple of {together}, "
+            "or start fewer processes."
+        )
+    accelerator.gradient_accumulation_steps = arguments.episodes_per_step // together
+    return accelerator
+
+
+class TrainingRun:
+    """Everything that a run holds; see [`train`]."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        data: DataArguments,
+        model: ModelArguments,
+        arguments: TrainArguments,
+        videos: DatasetDict,
+        fields: dict[str, Any],
+    ):
+        self.accelerator, self.arguments, self.videos = accelerator, arguments, videos
+        self.output_dir = Path(arguments.output_dir)
+        self.num_workers = data.num_workers
+        self.episodes = EpisodeSource(
+            videos["train"]["label"], arguments.way, arguments.shot, arguments.query, arguments.seed,
+            videos["train"].features["label"].names,
+        )  # fmt: skip
+        self.validation = self._episode_list("validation", arguments.validation_episodes)
+        set_seed(arguments.seed)
+        network, self.processor = build_model(model, data)
+        if arguments.gradient_checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+        num_classes = videos["train"].features["label"].num_classes
+        learner = EpisodeLearner(network, self.processor, num_classes, arguments.class_loss_weight)
+        if arguments.torch_compile:
+            network.compile()
+        self.network = network
+        optimizer = build_optimizer(learner, arguments)
+        self.learner, self.optimizer = accelerator.prepare(learner, optimizer)
+        steps = arguments.num_episodes // arguments.episodes_per_step
+        self.scheduler = get_scheduler(
+            arguments.lr_scheduler, self.optimizer.optimizer, round(arguments.warmup_ratio * steps), steps
+        )
+        self.progress = Progress(arguments=fields)
+        if arguments.resume:
+            self.progress = load_checkpoint(accelerator, self.output_dir, fields)
+            self.scheduler.load_state_dict(self.progress.scheduler)
+
+    def _episode_list(self, split: str, number: int) -> Dataset:
+        labels = self.videos[split].features["label"]
+        return sample_episodes(
+            self.videos[split]["label"], self.arguments.way, self.arguments.shot, self.arguments.test_query, number,
+            self.arguments.seed, labels.names,
+        )  # fmt: skip
+
+    def _loader(self) -> DataLoader:
+        """Training episodes from where the run stands."""
+        arguments, processor = self.arguments, self.processor
+        crop, resize = processor.crop_size["height"], processor.size["shortest_edge"]
+        support = ClipAugmentation.for_support(crop, resize, resample=processor.resample)
+        query = support
+        if arguments.augment:
+            query = ClipAugmentation.for_query(
+                crop, resize, horizontal_flip=arguments.horizontal_flip, resample=processor.resample
+            )
+        elif arguments.horizontal_flip:
+            query = ClipAugmentation(crop, resize, horizontal_flip=True, resample=processor.resample)
+        data = EpisodeVideos(
+            self.videos["train"], self.episodes, processor, (support, query), arguments.seed, replace_broken=True
+        )
+        loader = DataLoader(
+            data,
+            batch_size=arguments.episodes_per_forward,
+            sampler=range(self.progress.episodes, arguments.num_episodes),
+            num_workers=self.num_workers,
+            collate_fn=collate_episodes,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        return self.accelerator.prepare_data_loader(loader)
+
+    def train(self, stop: StopSignal):
+        """Runs the training episodes that are left, validating and saving along the way."""
+        arguments, progress = self.arguments, self.progress
+        bar = tqdm(
+            total=arguments.num_episodes,
+            initial=progress.episodes,
+            desc="Training",
+            unit="episode",
+            disable=not self.accelerator.is_main_process,
+        )
+        records, waited, started = [], 0.0, time.perf_counter()
+        batches = iter(self._loader() if progress.episodes < arguments.num_episodes else ())
+        self.learner.train()
+        while progress.episodes < arguments.num_episodes:
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            records.append(self._forward_backward(batch))
+            if not self.accelerator.sync_gradients:
+                continue
+            record = self._step(records)
+            progress.episodes += arguments.episodes_per_step
+            now = time.perf_counter()
+            record |= {
+                "episodes": progress.episodes,
+                "episodes_per_second": arguments.episodes_per_step / (now - started),
+                "data_wait_share": waited / (now - started),
+                "memory_gib": _peak_memory(self.accelerator.device),
+            }
+            records, waited = [], 0.0
+            self.accelerator.log(record, step=progress.episodes)
+            progress.history.append(record)
+            bar.update(arguments.episodes_per_step)
+            recent = progress.history[-50:]
+            bar.set_postfix(
+                loss=f"{sum(r['loss'] for r in recent) / len(recent):.3f}",
+                accuracy=f"{sum(r['accuracy'] for r in recent) / len(recent):.1f}",
+            )
+            self._milestones(stop)
+            started = time.perf_counter()
+        bar.close()
+
+    def _forward_backward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, list[str]]:
+        # Dropout depends on the episode alone: the same whatever the processes, and after resuming.
+        torch.manual_seed(seed_from(self.arguments.seed, f"dropout/{int(batch['episode'][0])}"))
+        with self.accelerator.accumulate(self.learner):
+            loss, output = self.learner(batch)
+            self.accelerator.backward(loss)
+        accuracy = (output.logits.argmax(-1) == batch["labels"]).float().mean()
+        return torch.stack([loss.detach().float(), 100 * accuracy]), batch["broken"]
+
+    def _step(self, records: list[tuple[torch.Tensor, list[str]]]) -> dict[str, float]:
+        """Updates the weights after the last backward pass of a step."""
+        arguments, progress = self.arguments, self.progress
+        values = self.accelerator.reduce(torch.stack([values for values, _ in records]).mean(0), "mean")
+        loss, accuracy = values.tolist()
+        self._note_broken([path for _, paths in records for path in paths])
+        record = {"loss": loss, "accuracy": accuracy, "learning_rate": self.scheduler.get_last_lr()[0]}
+        if math.isfinite(loss):
+            limit = math.inf if arguments.max_grad_norm is None else arguments.max_grad_norm
+            norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), limit)
+            record["gradient_norm"] = float(norm)
+            self.optimizer.step()
+            progress.bad_in_a_row = 0
+        else:
+            progress.bad_steps += 1
+            progress.bad_in_a_row += 1
+            logger.warning(f"The loss is {loss} after {progress.episodes} episodes: the step is left out.")
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        if progress.bad_in_a_row >= arguments.max_bad_steps:
+            raise RuntimeError(
+                f"The loss was not finite in {progress.bad_in_a_row} steps in a row (max_bad_steps): lower "
+                "learning_rate, set max_grad_norm, or train without mixed_precision."
+            )
+        return record
+
+    def _note_broken(self, paths: list[str]):
+        if self.accelerator.num_processes > 1:
+            paths = gather_object(paths)
+        for path in dict.fromkeys(paths):
+            if path not in self.progress.broken:
+                logger.warning(f"{path} cannot be read; another clip of its class takes its place.")
+                self.progress.broken.append(path)
+        share = len(self.progress.broken) / len(self.videos["train"])
+        if share > self.arguments.max_broken:
+            raise RuntimeError(
+                f"{len(self.progress.broken)} of {len(self.videos['train'])} training videos cannot be read, more "
+                f"than max_broken={self.arguments.max_broken:.2%}. The first: {', '.join(self.progress.broken[:5])}."
+            )
+
+    def _milestones(self, stop: StopSignal):
+        """What is due after a step: validation, a resumable state, the end on request."""
+        arguments, progress = self.arguments, self.progress
+        done = progress.episodes == arguments.num_episodes
+        if done or _passed(progress.episodes, arguments.validate_every, arguments.episodes_per_step):
+            self._validate()
+        received = stop.agreed()
+        if done or received or _passed(progress.episodes, arguments.checkpoint_every, arguments.episodes_per_step):
+            progress.scheduler = self.scheduler.state_dict()
+            save_checkpoint(self.accelerator, self.output_dir, progress, arguments.keep_checkpoints)
+        if received:
+            logger.warning(f"Stopped after {progress.episodes} episodes. Go on with --resume.")
+            raise SystemExit(128 + received)
+
+    def _validate(self):
+        metrics = evaluate_episodes(
+            self.network, self.processor, self.videos["validation"], self.validation, self.accelerator,
+            self.num_workers, "Validating",
+        )  # fmt: skip
+        self.learner.train()
+        accuracy, progress = metrics["accuracy"], self.progress
+        self.accelerator.log({"validation_accuracy": accuracy}, step=progress.episodes)
+        progress.history[-1]["validation_accuracy"] = accuracy
+        if self.accelerator.is_main_process:
+            tqdm.write(
+                f"episode {progress.episodes}: validation accuracy {accuracy:.1f} ± "
+                f"{metrics['confidence_interval']:.1f} % ({metrics['num_episodes']} episodes)"
+            )
+        if accuracy > progress.best_accuracy:
+            progress.best_accuracy, progress.best_episodes = accuracy, progress.episodes
+            self._save_model(self.output_dir / "best")
+
+    def _save_model(self, folder: Path):
+        state = {
+            name.removeprefix("model."): tensor
+            for name, tensor in self.accelerator.get_state_dict(self.learner).items()
+            if name.startswith("model.")
+        }
+        with write_aside(folder, self.accelerator) as aside:
+            if self.accelerator.is_main_process:
+                self.network.save_pretrained(aside, state_dict=state)
+                self.processor.save_pretrained(aside)
+
+    def finish(self) -> dict[str, Any]:
+        """Tests the model that was best in validation, puts it into `output_dir` and writes metrics.json."""
+        accelerator, arguments, progress = self.accelerator, self.arguments, self.progress
+        network = AutoModel.from_pretrained(self.output_dir / "best").to(accelerator.device)
+        if accelerator.is_main_process:
+            network.save_pretrained(self.output_dir)
+            self.processor.save_pretrained(self.output_dir)
+        metrics = {
+            "training": {
+                "episodes": progress.episodes,
+                "best_episodes": progress.best_episodes,
+                "bad_steps": progress.bad_steps,
+                "broken_videos": progress.broken,
+                "history": progress.history,
+            },
+            "validation": {"accuracy": progress.best_accuracy, "num_episodes": arguments.validation_episodes},
+        }
+        if arguments.test_episodes:
+            episodes = self._episode_list("test", arguments.test_episodes)
+            metrics["test"] = {
+                "way": arguments.way,
+                "shot": arguments.shot,
+                "query": arguments.test_query,
+                "seed": arguments.seed,
+                **evaluate_episodes(
+                    network, self.processor, self.videos["test"], episodes, accelerator, self.num_workers, "Testing"
+                ),
+            }
+        if accelerator.is_main_process:
+            replace_file(self.output_dir / "metrics.json", json.dumps(metrics, indent=2))
+        return metrics
+
+
+def _passed(episodes: int, every: int, step: int) -> bool:
+    """Whether the last step of `step` episodes reached or passed a multiple of `every`."""
+    return episodes // every > (episodes - step) // every
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Peak memory in GiB: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def describe_result(data: DataArguments, model: ModelArguments, arguments: TrainArguments):
+    """Shows what a finished run left behind: loads it through the Auto classes and lets it name one novel clip."""
+    if not PartialState().is_main_process:
+        return
+    output_dir = Path(arguments.output_dir)
+    metrics = json.loads((output_dir / "metrics.json").read_text())
+    network, processor = AutoModel.from_pretrained(output_dir), AutoProcessor.from_pretrained(output_dir)
+    videos = load_videos(data)["test"]
+    names = videos.features["label"].names
+    episode = EpisodeSource(videos["label"], arguments.way, arguments.shot, 1, arguments.seed)[0]
+    support = {names[videos[row]["label"]]: [] for row in episode["support"]}
+    for row in episode["support"]:
+        support[names[videos[row]["label"]]].append(videos[row]["video"])
+    clip = videos[episode["query"][0]]
+    inputs = processor(support=support, query=[clip["video"]])
+    with torch.no_grad():
+        logits = network(**inputs).logits[0, 0]
+    print(f"saved in {output_dir}, loaded again as {type(network).__name__} and {type(processor).__name__}")
+    print(f"{clip['video']['path']} shows {names[clip['label']]!r}; the model says {list(support)[logits.argmax()]!r}")
+    if "test" in metrics:
+        test = metrics["test"]
+        print(
+            f"novel classes, {test['way']}-way {test['shot']}-shot: {test['accuracy']:.1f} ± "
+            f"{test['confidence_interval']:.1f} % over {test['num_episodes']} episodes"
+        )
