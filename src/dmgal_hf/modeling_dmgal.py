@@ -69,9 +69,12 @@ class DmgalSupport:
 
     def to(self, *args, **kwargs) -> "DmgalSupport":
         """As [`torch.Tensor.to`]; a dtype applies to the floating tensors alone."""
-        labels = self.labels.to(self.features.to(*args, **kwargs).device)
-        states = {name: state.to(*args, **kwargs) for name, state in self.states.items()}
-        return replace(self, features=self.features.to(*args, **kwargs), labels=labels, states=states)
+        features = self.features.to(*args, **kwargs)
+        states = {
+            name: state.to(*args, **kwargs) if state.is_floating_point() else state.to(features.device)
+            for name, state in self.states.items()
+        }
+        return replace(self, features=features, labels=self.labels.to(features.device), states=states)
 
     def save(self, path: str | os.PathLike):
         """Writes a safetensors file."""

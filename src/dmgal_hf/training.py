@@ -84,7 +84,12 @@ class EpisodeLearner(nn.Module):
         self.model = model
         self.processor = processor
         self.class_loss_weight = class_loss_weight
-        self.class_head = nn.Linear(model.num_features, num_classes) if class_loss_weight > 0 else None
+        # Descriptors of different clips start out almost equal: normalised, their differences are heard at once.
+        self.class_head = (
+            nn.Sequential(nn.BatchNorm1d(model.num_features, affine=False), nn.Linear(model.num_features, num_classes))
+            if class_loss_weight > 0
+            else None
+        )
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, DmgalOutput]:
         """A batch of [`EpisodeVideos`] -> the loss to minimise, and the output of the model."""
@@ -98,7 +103,7 @@ class EpisodeLearner(nn.Module):
         if self.class_head is not None:
             features = torch.cat([output.support_features, output.query_features], 1).mean(2)  # (B, S + Q, D)
             classes = torch.cat([batch["support_classes"], batch["query_classes"]], 1)
-            class_loss = F.cross_entropy(self.class_head(features).flatten(0, 1).float(), classes.flatten())
+            class_loss = F.cross_entropy(self.class_head(features.float().flatten(0, 1)), classes.flatten())
             loss = loss + self.class_loss_weight * class_loss
         return loss, output
 

@@ -1,0 +1,62 @@
+import json
+
+import pytest
+from transformers import AutoConfig, CLIPVisionConfig, ResNetConfig
+
+from dmgal_hf import DmgalConfig
+
+
+def test_json_round_trip(tmp_path):
+    backbone = CLIPVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=8
+    )
+    config = DmgalConfig(backbone_config=backbone, num_frames=4, alignment="otam", motion_scales=["full"], mixer=False)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is DmgalConfig and type(loaded.backbone_config) is CLIPVisionConfig
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "config.json").read_text()
+    assert (loaded.num_frames, loaded.alignment, loaded.motion_scales, loaded.mixer) == (4, "otam", ["full"], False)
+    assert loaded.backbone_config.hidden_size == 32
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["model_type"] == "dmgal" and stored["format_version"] == 1
+
+
+def test_default_is_the_authors_resnet50():
+    config = DmgalConfig()
+    assert config.backbone_config.hidden_sizes == [256, 512, 1024, 2048]
+    assert config.backbone_config.layer_type == "bottleneck"
+
+
+def test_backbone_may_be_a_dict():
+    config = DmgalConfig(backbone_config={"model_type": "resnet", "hidden_sizes": [8, 16], "depths": [1, 1]})
+    assert isinstance(config.backbone_config, ResNetConfig) and config.backbone_config.hidden_sizes == [8, 16]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"paradigm": "lora"}, r"paradigm must be one of ft, adapter, got 'lora'"),
+        ({"alignment": "dtw"}, r"alignment .*bi_mhm, otam, mean.*'dtw'"),
+        ({"motion_directions": "left"}, r"motion_directions .*both, forward, backward.*'left'"),
+        ({"motion_scales": ["quarter"]}, r"motion_scales .*\['quarter'\]"),
+        ({"motion_scales": ["full", "full"]}, r"motion_scales .*at most once"),
+        ({"num_frames": 0}, r"num_frames .*at least 1, got 0"),
+        ({"num_frames": True}, r"num_frames .*got True"),
+        ({"motion_reduction": 2.5}, r"motion_reduction .*2\.5"),
+        ({"attention_dropout": 1.0}, r"attention_dropout .*\[0, 1\).*1\.0"),
+        ({"otam_smoothing": 0}, r"otam_smoothing must be more than 0, got 0"),
+        ({"cosine_epsilon": -1}, r"cosine_epsilon .*-1"),
+        ({"mixer": "yes"}, r"mixer must be true or false, got 'yes'"),
+        ({"frame_pooling": "max"}, r"frame_pooling .*mean, cls.*'max'"),
+        ({"frame_pooling": "cls"}, r"frame_pooling must be 'mean' with paradigm='ft'"),
+        ({"adapter_config": {}}, r"adapter_config needs paradigm='adapter'"),
+        ({"aligment": "otam"}, r"no field 'aligment' \(value 'otam'\)\. Did you mean 'alignment'\?"),
+        ({"zzz": 1}, r"no field 'zzz'.*Known fields: .*num_frames"),
+        ({"backbone_config": {"hidden_size": 3}}, r"backbone_config must be .*model_type"),
+        ({"format_version": 99}, r"format version 99.*reads up to 1.*pip install -U"),
+    ],
+)
+def test_bad_values_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DmgalConfig(**fields)

@@ -1,0 +1,269 @@
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    ResNetConfig,
+    ResNetModel,
+    SiglipVisionConfig,
+    ViTConfig,
+    ViTModel,
+)
+
+from dmgal_hf import DmgalConfig, DmgalModel, DmgalSupport
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+         "image_size": 32, "patch_size": 8}  # fmt: skip
+RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+BACKBONES = {
+    "resnet": RESNET,
+    "vit": ViTConfig(**SMALL),
+    "clip": CLIPVisionConfig(**SMALL),
+    "dinov2": Dinov2Config(**SMALL),
+    "dinov2_registers": Dinov2WithRegistersConfig(**SMALL),
+    "dinov3": DINOv3ViTConfig(**SMALL, num_register_tokens=3),
+    "siglip": SiglipVisionConfig(**SMALL),
+}
+
+
+def make_model(backbone=RESNET, seed=0, **fields):
+    """A model in eval mode with every gamma and statistic away from its start."""
+    torch.manual_seed(seed)
+    model = DmgalModel(DmgalConfig(backbone_config=backbone, **fields)).eval()
+    for name, tensor in model.state_dict().items():
+        if "gamma" in name or ("norm" in name and tensor.is_floating_point()):
+            tensor.add_(0.3 * torch.rand_like(tensor))
+    return model
+
+
+def make_episodes(episodes=2, labels=(0, 1, 1), queries=2, frames=8, size=32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    support = torch.randn(episodes, len(labels), frames, 3, size, size, generator=generator)
+    query = torch.randn(episodes, queries, frames, 3, size, size, generator=generator)
+    return support, torch.tensor([labels] * episodes), query
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_any_backbone(tmp_path, kind):
+    model = make_model(BACKBONES[kind], motion_reduction=4)
+    support, support_labels, query = make_episodes()
+    output = model(support, support_labels, query)
+    assert output.logits.shape == (2, 2, 2) and output.loss is None and torch.isfinite(output.logits).all()
+    assert output.support_features.shape[:3] == (2, 3, 8) and output.query_features.shape[:3] == (2, 2, 8)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is DmgalModel and not loaded.training
+    assert torch.equal(loaded(support, support_labels, query).logits, output.logits)
+
+
+@torch.no_grad()
+def test_clip_descriptors_come_after_the_final_norm():
+    model = make_model(BACKBONES["clip"], self_motion_attention=False, mixer=False, cross_motion_attention=False)
+    support, labels, query = make_episodes()
+    tokens = model.backbone(query.flatten(0, 2)).last_hidden_state
+    expected = model.backbone.post_layernorm(tokens)[:, 1:].mean(1).view(2, 2, 8, 32)
+    torch.testing.assert_close(model(support, labels, query).query_features, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(32, 32), (48, 40), (64, 32)])
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_any_frame_size(kind, size):
+    model = make_model(BACKBONES[kind], motion_reduction=4)
+    support, query = torch.randn(1, 2, 8, 3, *size), torch.randn(1, 1, 8, 3, *size)
+    maps = model(support, torch.tensor([[0, 1]]), query, output_hidden_states=True).hidden_states
+    expected = (size[0] // 8, size[1] // 8)
+    assert all(state.shape[-2:] == expected for state in maps) and len(maps) == 3
+
+
+@torch.no_grad()
+def test_episodes_of_a_batch_are_as_if_alone():
+    model = make_model()
+    support, _, query = make_episodes(3, labels=(0,) * 5)
+    labels = torch.tensor([[0, 1, 2, 2, 2], [2, 1, 0, 0, 1], [1, 1, 1, 0, 2]])
+    together = model(support, labels, query).logits
+    for b in range(3):
+        alone = model(support[b : b + 1], labels[b : b + 1], query[b : b + 1]).logits
+        torch.testing.assert_close(together[b : b + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_queries_do_not_see_each_other_and_support_order_does_not_matter():
+    model = make_model()
+    support, labels, query = make_episodes(1, labels=(0, 0, 1, 1, 2), queries=3)
+    logits = model(support, labels, query).logits
+    torch.testing.assert_close(model(support, labels, query[:, 1:2]).logits, logits[:, 1:2], atol=1e-5, rtol=1e-5)
+    order = [4, 1, 3, 0, 2]
+    torch.testing.assert_close(model(support[:, order], labels[:, order], query).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 3, 11])
+def test_any_number_of_frames(frames):
+    support, labels, query = make_episodes(frames=frames)
+    assert make_model(num_frames=frames)(support, labels, query).logits.shape == (2, 2, 2)
+    assert make_model(mixer=False)(support, labels, query).logits.shape == (2, 2, 2)
+
+
+@torch.no_grad()
+def test_kept_supports_give_the_same_logits(tmp_path):
+    model = make_model()
+    support, labels, query = make_episodes()
+    logits = model(support, labels, query).logits
+    kept = model.encode_support(support, labels)
+    calls = []
+    model.backbone.register_forward_hook(lambda module, args, output: calls.append(output[0].shape[0]))
+    assert torch.equal(model(query_pixel_values=query, support=kept).logits, logits)
+    assert calls == [2 * 2 * 8]  # the frames of the queries alone
+    kept.save(tmp_path / "support.safetensors")
+    loaded = DmgalSupport.load(tmp_path / "support.safetensors")
+    assert loaded.way == 2
+    assert torch.equal(model(query_pixel_values=query, support=loaded).logits, logits)
+    half = loaded.to(torch.bfloat16)
+    assert half.features.dtype == torch.bfloat16 and half.labels.dtype == torch.int64
+
+
+def test_loss_and_gradients():
+    model = make_model().train()
+    support, labels, query = make_episodes()
+    query_labels = torch.tensor([[0, 1], [1, 0]])
+    output = model(support, labels, query, labels=query_labels)
+    expected = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), query_labels.flatten())
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not missing
+
+
+@torch.no_grad()
+def test_attentions_and_tuples_on_request():
+    model = make_model(BACKBONES["vit"])
+    support, labels, query = make_episodes()
+    output = model(support, labels, query, output_attentions=True)
+    shapes = {name: tuple(attention.shape) for name, attention in output.attentions.items()}
+    assert shapes == {
+        "support_self": (2, 3, 8, 16, 16),
+        "query_self": (2, 2, 8, 16, 16),
+        "cross": (2, 2, 8, 16, 3, 16),
+    }
+    logits, *_ = model(support, labels, query, return_dict=False)
+    assert torch.equal(logits, output.logits)
+
+
+@torch.no_grad()
+def test_switches_leave_modules_out():
+    model = make_model(self_motion_attention=False, mixer=False, cross_motion_attention=False)
+    assert not [name for name in model.state_dict() if not name.startswith("backbone.")]
+    support, labels, query = make_episodes()
+    output = model(support, labels, query, output_attentions=True)
+    assert output.attentions == {}
+    maps = model.backbone(query.flatten(0, 2)).last_hidden_state
+    torch.testing.assert_close(output.query_features, maps.mean((-1, -2)).view(2, 2, 8, 16))
+
+
+def test_from_backbone(tmp_path):
+    torch.manual_seed(0)
+    backbone = ResNetModel(RESNET)
+    backbone.save_pretrained(tmp_path / "resnet")
+    for source in (backbone, tmp_path / "resnet", str(tmp_path / "resnet")):
+        model = DmgalModel.from_backbone(source, num_frames=4)
+        assert model.config.num_frames == 4
+        for name, tensor in backbone.state_dict().items():
+            assert torch.equal(model.backbone.state_dict()[name], tensor), name
+
+    clip = CLIPModel(CLIPConfig(vision_config=SMALL, text_config={**SMALL, "vocab_size": 99, "eos_token_id": 1}))
+    clip.save_pretrained(tmp_path / "clip")
+    vision = clip.vision_model.state_dict()
+    for source in (clip, tmp_path / "clip"):
+        model = DmgalModel.from_backbone(source)
+        assert model.config.backbone_config.model_type == "clip_vision_model"
+        loaded = model.backbone.state_dict()
+        assert vision.keys() == loaded.keys() and all(torch.equal(vision[k], loaded[k]) for k in vision)
+
+    ViTModel(BACKBONES["vit"]).save_pretrained(tmp_path / "vit")
+    names = DmgalModel.from_backbone(tmp_path / "vit").state_dict()
+    assert not [name for name in names if "pooler" in name]  # it would never get a gradient
+
+
+@torch.no_grad()
+def test_dtypes(tmp_path):
+    model = make_model()
+    support, labels, query = make_episodes()
+    logits = model(support, labels, query).logits
+    model.save_pretrained(tmp_path)
+    half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.backbone.dtype == torch.bfloat16
+    output = half(support.bfloat16(), labels, query.bfloat16())
+    torch.testing.assert_close(output.logits, logits, atol=0.05, rtol=0.05)
+
+
+def test_attention_implementation_reaches_the_backbone():
+    model = DmgalModel._from_config(DmgalConfig(backbone_config=BACKBONES["vit"]), attn_implementation="eager")
+    assert model.backbone.config._attn_implementation == "eager"
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    support, labels, query = make_episodes()
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(BACKBONES["vit"], attention_dropout=0, position_dropout=0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            assert model.is_gradient_checkpointing
+        model(support, labels, query, labels=labels[:, :2]).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+class TestBadInput:
+    model = make_model()
+    support, labels, query = make_episodes()
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            ({"query_pixel_values": None}, "query_pixel_values is missing"),
+            ({"support_pixel_values": None}, "Pass either support_pixel_values.*neither"),
+            (
+                {"support_pixel_values": support[0]},
+                r"support_pixel_values must have the shape \(episodes, .*leading 1",
+            ),
+            ({"query_pixel_values": query[..., 0]}, "query_pixel_values must have the shape"),
+            ({"query_pixel_values": query.transpose(2, 3)}, "query_pixel_values must have the shape"),
+            ({"query_pixel_values": (query * 255).byte()}, "query_pixel_values must be floating.*uint8"),
+            ({"query_pixel_values": query[:, :0]}, "query_pixel_values is empty"),
+            ({"query_pixel_values": query[:, :, :4]}, "query_pixel_values has 4 frames a video.*num_frames=8"),
+            ({"query_pixel_values": query[:1]}, "query_pixel_values has 1 episodes.*supports have 2"),
+            ({"support_labels": None}, r"support_labels is missing.*\(2, 3\)"),
+            ({"support_labels": labels[:, :2]}, r"support_labels must have the shape \(2, 3\).*got \(2, 2\)"),
+            ({"support_labels": labels.float()}, "support_labels must be int64, got torch.float32"),
+            ({"support_labels": labels - 1}, "support_labels must be 0 or more, got -1"),
+            ({"support_labels": labels * 2}, "episode 0 has no support of class 1"),
+            ({"labels": torch.tensor([[0, 2], [0, 0]])}, r"labels must lie in 0\.\.1.*got 0\.\.2"),
+            ({"labels": torch.tensor([[0], [0]])}, r"labels must have the shape \(2, 2\)"),
+            ({"support": DmgalSupport(torch.zeros(2, 3, 8, 16), labels, 2, {})}, "both"),
+        ],
+    )
+    def test_calls(self, change, message):
+        inputs = {
+            "support_pixel_values": self.support,
+            "support_labels": self.labels,
+            "query_pixel_values": self.query,
+            **change,
+        }
+        with pytest.raises(ValueError, match=message):
+            self.model(**inputs)
+
+    def test_foreign_support_file(self, tmp_path):
+        from safetensors.torch import save_file
+
+        save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=r"other\.safetensors holds no supports"):
+            DmgalSupport.load(tmp_path / "other.safetensors")
