@@ -267,3 +267,128 @@ class TestBadInput:
         save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
         with pytest.raises(ValueError, match=r"other\.safetensors holds no supports"):
             DmgalSupport.load(tmp_path / "other.safetensors")
+
+
+ADAPTER_BACKBONES = [kind for kind in BACKBONES if kind != "resnet"]
+
+
+def make_adapter_model(kind="clip", seed=0, adapter_config=None, **fields):
+    torch.manual_seed(seed)
+    adapter_config = {"reduction": 2} if adapter_config is None else adapter_config
+    model = DmgalModel(
+        DmgalConfig(backbone_config=BACKBONES[kind], paradigm="adapter", adapter_config=adapter_config, **fields)
+    ).eval()
+    for name, parameter in model.named_parameters():
+        if ".up." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+class TestAdapterParadigm:
+    @torch.no_grad()
+    @pytest.mark.parametrize("kind", ADAPTER_BACKBONES)
+    def test_round_trip_and_kept_supports(self, tmp_path, kind):
+        model = make_adapter_model(kind)
+        support, labels, query = make_episodes()
+        logits = model(support, labels, query).logits
+        kept = model.encode_support(support, labels)
+        assert torch.equal(model(query_pixel_values=query, support=kept).logits, logits)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path)
+        assert torch.equal(loaded(support, labels, query).logits, logits)
+        trainable = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+        assert trainable and all(".mga_adapter." in name for name in trainable)
+        kept.save(tmp_path / "support.safetensors")
+        kept = DmgalSupport.load(tmp_path / "support.safetensors")
+        assert torch.equal(loaded(query_pixel_values=query, support=kept).logits, logits)
+
+    @torch.no_grad()
+    def test_queries_read_the_supports_of_their_episode_alone(self):
+        model = make_adapter_model(adapter_config={"reduction": 2, "smga_layers": []})
+        support, labels, query = make_episodes()
+        features = model(support, labels, query).query_features
+        support[1] = torch.randn_like(support[1])
+        changed = model(support, labels, query).query_features
+        torch.testing.assert_close(changed[0], features[0], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(changed[1], features[1], atol=1e-3)
+        alone = model(support[1:], labels[1:], query[1:]).query_features
+        torch.testing.assert_close(changed[1:], alone, atol=1e-5, rtol=1e-5)
+
+    @torch.no_grad()
+    def test_fresh_adapters_change_nothing(self):
+        support, labels, query = make_episodes()
+        plain = DmgalModel(DmgalConfig(backbone_config=BACKBONES["clip"], paradigm="adapter")).eval()
+        adapted = DmgalModel.from_backbone(plain.backbone, paradigm="adapter", adapter_config={"reduction": 2}).eval()
+        expected = plain(support, labels, query).logits
+        assert torch.equal(adapted(support, labels, query).logits, expected)
+
+    @torch.no_grad()
+    def test_class_token_descriptors(self):
+        model = make_adapter_model("clip", frame_pooling="cls")
+        _, _, query = make_episodes()
+        model.eval()
+        kept = model.encode_support(query, torch.tensor([[0, 1], [0, 1]]))
+        tokens = model.backbone(query.flatten(0, 2), num_frames=8, num_support=[2, 2])
+        torch.testing.assert_close(kept.features.flatten(0, 2), tokens.pooler_output)
+        for kind in ("siglip", "resnet"):
+            with pytest.raises(ValueError, match="frame_pooling='cls' needs a backbone with a class token"):
+                DmgalModel(DmgalConfig(backbone_config=BACKBONES[kind], paradigm="adapter", frame_pooling="cls"))
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_only_adapters_train_and_the_backbone_stays_in_eval_mode(self, checkpointing):
+        backbone = ViTConfig(**SMALL, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+        torch.manual_seed(0)
+        model = DmgalModel(
+            DmgalConfig(backbone_config=backbone, paradigm="adapter", adapter_config={"reduction": 2, "dropout": 0.5})
+        )
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        frozen = [m for name, m in model.backbone.named_modules() if isinstance(m, torch.nn.Dropout)
+                  and "mga_adapter" not in name]  # fmt: skip
+        assert frozen and not any(module.training for module in frozen)
+        adapters = [m for name, m in model.named_modules() if name.endswith(".mga_adapter.default.dropout")]
+        assert len(adapters) == 2 and all(module.training for module in adapters)
+        support, labels, query = make_episodes()
+        model(support, labels, query, labels=labels[:, :2]).loss.backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == ("mga_adapter" in name), name
+
+    def test_gradients_reach_the_supports_of_the_cmga_adapter(self):
+        model = make_adapter_model().train()
+        support, labels, query = make_episodes(1, labels=(0, 1))
+        support.requires_grad_()
+        model(support, labels, query).query_features.sum().backward()
+        assert support.grad.abs().sum() > 0
+
+    def test_adapter_only_checkpoints_through_peft(self, tmp_path):
+        from peft import PeftModel, get_peft_model
+
+        from dmgal_hf import MgaConfig
+
+        support, labels, query = make_episodes()
+        plain = DmgalModel(DmgalConfig(backbone_config=BACKBONES["clip"], paradigm="adapter")).eval()
+        plain.save_pretrained(tmp_path / "plain")
+        model = get_peft_model(plain, MgaConfig(reduction=2)).eval()
+        for name, parameter in model.named_parameters():
+            if ".up." in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        with torch.no_grad():
+            logits = model(support_pixel_values=support, support_labels=labels, query_pixel_values=query).logits
+            kept = model.encode_support(support, labels)
+            assert torch.equal(model(query_pixel_values=query, support=kept).logits, logits)
+        model.save_pretrained(tmp_path / "adapter")
+        files = {path.name for path in (tmp_path / "adapter").iterdir()}
+        assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+        again = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "plain"), tmp_path / "adapter").eval()
+        with torch.no_grad():
+            inputs = {"support_pixel_values": support, "support_labels": labels, "query_pixel_values": query}
+            assert torch.equal(again(**inputs).logits, logits)
+            with again.disable_adapter():
+                unadapted = again(**inputs).logits
+            base = AutoModel.from_pretrained(tmp_path / "plain")
+            assert torch.equal(unadapted, base(**inputs).logits) and not torch.equal(unadapted, logits)
+
+    def test_resnet_takes_no_adapters(self):
+        with pytest.raises(ValueError, match="ResNet, cannot take MGA adapters"):
+            DmgalModel(DmgalConfig(backbone_config=RESNET, paradigm="adapter", adapter_config={}))

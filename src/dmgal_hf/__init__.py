@@ -6,6 +6,7 @@ from transformers.utils import is_torchvision_available
 
 from .configuration_dmgal import DmgalConfig
 from .modeling_dmgal import DmgalModel, DmgalOutput, DmgalPreTrainedModel, DmgalSupport
+from .peft import CmgaLayer, MgaConfig, MgaModel, SmgaLayer
 from .video_decoding import VideoDecodeError
 from .video_processing_dmgal import DmgalVideoProcessor
 
@@ -25,11 +26,15 @@ if is_torchvision_available():
 
 __version__ = "0.1.0"
 __all__ = [
+    "CmgaLayer",
     "DmgalConfig",
     "DmgalModel",
     "DmgalOutput",
     "DmgalPreTrainedModel",
     "DmgalSupport",
     "DmgalVideoProcessor",
+    "MgaConfig",
+    "MgaModel",
+    "SmgaLayer",
     "VideoDecodeError",
 ]

@@ -22,6 +22,10 @@ class DataArguments:
     )
     videos: str | None = field(default=None, metadata={"help": "Folder of the videos (benchmarks and folder)."})
     splits: str | None = field(default=None, metadata={"help": "Folder of the split lists; fetched when not given."})
+    prepared: str | None = field(
+        default=None,
+        metadata={"help": "A folder of scripts/prepare_data.py, which replaces dataset, videos and splits."},
+    )
     allow_missing: bool = field(default=False, metadata={"help": "Go on without the videos that are not there."})
     preset: str = field(default="plain", metadata={"help": "Motion shapes: plain or textured."})
     clips_per_class: int = field(default=40, metadata={"help": "Motion shapes: clips a class."})
@@ -102,6 +106,9 @@ class TrainArguments:
     validation_episodes: int = field(default=100, metadata={"help": "Episodes a validation."})
     test_episodes: int = field(default=200, metadata={"help": "Test episodes at the end; 0 leaves the test out."})
     test_query: int = field(default=1, metadata={"help": "Queries a class in validation and test."})
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads of a process that trains on the CPU (accelerate launch gives it 1)."}
+    )
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
     max_bad_steps: int = field(
         default=5,
@@ -128,6 +135,24 @@ class TrainArguments:
             )
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer must be adamw or sgd, got {self.optimizer!r}.")
+
+
+@dataclass
+class EvaluateArguments:
+    """What is evaluated."""
+
+    model: str = field(metadata={"help": "Folder or id of a checkpoint."})
+    split: str = field(default="test", metadata={"help": "Split of the dataset: train, validation or test."})
+    way: int = field(default=5, metadata={"help": "Classes an episode."})
+    shot: list[int] = field(default_factory=lambda: [1], metadata={"help": "Supports a class; several are allowed."})
+    query: int = field(default=1, metadata={"help": "Queries a class."})
+    num_episodes: int = field(default=10_000, metadata={"help": "Episodes."})
+    seed: int = field(default=0, metadata={"help": "Of the episodes."})
+    episodes: str | None = field(
+        default=None, metadata={"help": "Folder, file or id of an episode list, in place of the five fields above."}
+    )
+    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
+    json: str | None = field(default=None, metadata={"help": "File for the results."})
 
 
 def parse_arguments(

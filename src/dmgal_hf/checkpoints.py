@@ -18,7 +18,7 @@ PROGRESS_FILE = "progress.json"
 # What may differ between a run and its continuation: it changes neither the episodes nor the updates.
 FREE_FIELDS = {
     "output_dir", "resume", "num_workers", "cache_dir", "videos", "splits", "checkpoint_every", "keep_checkpoints",
-    "report_to", "test_episodes", "max_bad_steps", "max_broken",
+    "cpu_threads", "report_to", "test_episodes", "max_bad_steps", "max_broken",
 }  # fmt: skip
 
 

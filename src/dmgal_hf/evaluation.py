@@ -1,5 +1,7 @@
 """Few-shot evaluation: accuracy over a list of episodes, sharded over processes."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data.episode_videos import EpisodeVideos, collate_episodes
-from .data.episodes import episodes_id
+from .arguments import DataArguments, EvaluateArguments
+from .data import EpisodeVideos, collate_episodes, episodes_id, load_episodes, sample_episodes
 from .modeling_dmgal import DmgalModel
 from .video_processing_dmgal import DmgalVideoProcessor
 
@@ -104,3 +106,44 @@ def summarize(rows: np.ndarray, class_names: list[str], episodes: Dataset) -> di
         "per_class": {class_names[c]: 100 * float(correct[true == c].mean()) for c in np.unique(true)},
         "confusion": confusion,
     }
+
+
+def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str, Any]]:
+    """
+    What scripts/evaluate.py does: one result for every number of shots, printed and, on request, written as JSON.
+
+    Raises:
+        ValueError: the split does not exist, or the episodes do not fit the data.
+    """
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    with accelerator.local_main_process_first():
+        splits = load_videos(data)
+    if arguments.split not in splits:
+        raise ValueError(f"the dataset has no split {arguments.split!r}; it has {', '.join(splits)}.")
+    videos = splits[arguments.split]
+    labels, names = videos["label"][:], videos.features["label"].names
+    model = DmgalModel.from_pretrained(arguments.model).to(accelerator.device)
+    processor = DmgalVideoProcessor.from_pretrained(arguments.model)
+    if arguments.episodes is not None:
+        lists = [({"episodes": arguments.episodes}, load_episodes(arguments.episodes, labels))]
+    else:
+        draws = [
+            {"way": arguments.way, "shot": shot, "query": arguments.query, "seed": arguments.seed}
+            for shot in arguments.shot
+        ]
+        lists = [
+            (draw, sample_episodes(labels, **draw, num_episodes=arguments.num_episodes, class_names=names))
+            for draw in draws
+        ]
+    results = []
+    for description, episodes in lists:
+        metrics = evaluate_episodes(model, processor, videos, episodes, accelerator, data.num_workers)
+        results.append({"model": arguments.model, "split": arguments.split, **description, **metrics})
+        accelerator.print(
+            f"{', '.join(f'{name} {value}' for name, value in description.items())}: {metrics['accuracy']:.2f} ± "
+            f"{metrics['confidence_interval']:.2f} % over {metrics['num_episodes']} episodes of {arguments.split} "
+            f"({metrics['episodes_id']})"
+        )
+    if arguments.json is not None and accelerator.is_main_process:
+        Path(arguments.json).write_text(json.dumps(results, indent=2))
+    return results

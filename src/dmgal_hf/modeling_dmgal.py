@@ -1,11 +1,13 @@
 """DMGAL: few-shot action recognition with motion-guided attention (arXiv 2411.11335)."""
 
 import inspect
+import math
 import os
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from peft import inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -15,6 +17,8 @@ from transformers.utils import ModelOutput
 
 from .alignment import class_logits
 from .configuration_dmgal import DmgalConfig
+from .configuration_mga import MgaConfig
+from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer, SupportCache
 from .motion_attention import CrossMotionAttention, CrossMotionKeys, SelfMotionAttention, TemporalChannelMixer
 
 # Vision towers whose last_hidden_state comes before their final norm; all others return it normalised.
@@ -59,7 +63,8 @@ class DmgalSupport:
         features (`torch.FloatTensor` of shape `(B, S, T, D)`): frame descriptors.
         labels (`torch.LongTensor` of shape `(B, S)`): classes 0..way-1.
         way (`int`): number of classes N.
-        states (`dict[str, torch.Tensor]`): keys and values that the queries attend to.
+        states (`dict[str, torch.Tensor]`): keys and values that the queries attend to. Each has the patches of all
+            supports, S·P, as its last axis but one; `num_support` `(B,)` is their number.
     """
 
     features: torch.Tensor
@@ -75,6 +80,34 @@ class DmgalSupport:
             for name, state in self.states.items()
         }
         return replace(self, features=features, labels=self.labels.to(features.device), states=states)
+
+    def select(self, videos: list[int]) -> "DmgalSupport":
+        """The supports with these numbers, in this order; classes keep their numbers."""
+        index = torch.tensor(videos, device=self.features.device)
+        num_support = self.features.shape[1]
+        states = {
+            name: state.unflatten(-2, (num_support, -1)).index_select(-3, index).flatten(-3, -2)
+            for name, state in self.states.items()
+            if name != "num_support"
+        }
+        if "num_support" in self.states:
+            states["num_support"] = torch.full_like(self.states["num_support"], len(videos))
+        features, labels = self.features.index_select(1, index), self.labels.index_select(1, index)
+        return replace(self, features=features, labels=labels, states=states)
+
+    @classmethod
+    def cat(cls, parts: list["DmgalSupport"]) -> "DmgalSupport":
+        """All supports of `parts`, which belong to the same B episodes; classes keep their numbers."""
+        states = {
+            name: torch.cat([part.states[name] for part in parts], -2)
+            for name in parts[0].states
+            if name != "num_support"
+        }
+        if "num_support" in parts[0].states:
+            states["num_support"] = sum(part.states["num_support"] for part in parts)
+        features = torch.cat([part.features for part in parts], 1)
+        labels = torch.cat([part.labels for part in parts], 1)
+        return cls(features, labels, max(part.way for part in parts), states)
 
     def save(self, path: str | os.PathLike):
         """Writes a safetensors file."""
@@ -142,6 +175,11 @@ class DmgalModel(DmgalPreTrainedModel):
     def __init__(self, config: DmgalConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         self.backbone = _build_backbone(config.backbone_config) if backbone is None else backbone
+        if config.frame_pooling == "cls" and not CLASS_TOKENS.get(config.backbone_config.model_type):
+            raise ValueError(
+                f"frame_pooling='cls' needs a backbone with a class token, and {config.backbone_config.model_type!r} "
+                "has none that is known here: use frame_pooling='mean'."
+            )
         self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
         self.num_features = channels = _num_channels(config.backbone_config)
         full = config.paradigm == "ft"
@@ -151,6 +189,23 @@ class DmgalModel(DmgalPreTrainedModel):
             CrossMotionAttention(config, channels) if full and config.cross_motion_attention else None
         )
         self.post_init()
+        if config.adapter_config is not None:
+            # After the initialisation above, which would give the adapters the backbone's random weights.
+            inject_adapter_in_model(MgaConfig(**config.adapter_config), self.backbone)
+        self._freeze()
+
+    def _freeze(self):
+        """Paradigm "adapter": only adapters are trainable."""
+        if self.config.paradigm == "adapter":
+            for name, parameter in self.backbone.named_parameters():
+                parameter.requires_grad_(".mga_adapter." in name)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; a frozen backbone comes back frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
+        return loaded
 
     @classmethod
     def from_backbone(cls, backbone: str | os.PathLike | PreTrainedModel, **kwargs) -> "DmgalModel":
@@ -173,6 +228,18 @@ class DmgalModel(DmgalPreTrainedModel):
             backbone = backbone.vision_model
         return cls(DmgalConfig(backbone_config=backbone.config, **kwargs), backbone=backbone)
 
+    def train(self, mode: bool = True) -> "DmgalModel":
+        """As in torch, but a frozen backbone (paradigm "adapter") stays in eval mode: only its adapters train."""
+        super().train(mode)
+        if self.config.paradigm == "adapter":
+            self.backbone.eval()
+            for module in self.backbone.modules():
+                if isinstance(module, MgaLayer):
+                    module.mga_adapter.train(mode)
+                elif getattr(module, "gradient_checkpointing", False):
+                    module.training = mode  # the block itself only looks here whether to checkpoint
+        return self
+
     def encode_support(self, support_pixel_values: torch.Tensor, support_labels: torch.Tensor) -> DmgalSupport:
         """
         Computes everything about the supports that queries need, once.
@@ -186,6 +253,75 @@ class DmgalModel(DmgalPreTrainedModel):
         """
         return self._encode_support(support_pixel_values, support_labels)[0]
 
+    @property
+    def frames_are_independent(self) -> bool:
+        """Whether the backbone sees one frame at a time, so that [`encode_frames`] may be used."""
+        return not any(isinstance(module, MgaLayer) for module in self.backbone.modules())
+
+    @property
+    def has_cross_adapters(self) -> bool:
+        """Whether Cmga-Adapters sit in the backbone, so that a video is encoded otherwise as a query than as a support."""
+        return any(isinstance(module, CmgaLayer) for module in self.backbone.modules())
+
+    def encode_frames(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        The backbone alone, for frames that several overlapping videos share.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(F, 3, H, W)`): frames, normalised by [`DmgalVideoProcessor`].
+
+        Returns:
+            `torch.FloatTensor` of shape `(F, C, h, w)`: feature maps; those of T frames make a video for `query_maps`
+            of [`forward`].
+
+        Raises:
+            ValueError: the backbone has adapters, which look at neighbouring frames.
+        """
+        if not self.frames_are_independent:
+            raise ValueError(
+                "encode_frames() needs a backbone that sees one frame at a time, but the MGA adapters in this one "
+                "compare neighbouring frames: pass whole videos to forward()."
+            )
+        return self._backbone_maps(pixel_values[None, :, None], SupportCache())
+
+    def leave_one_out(self, support: DmgalSupport, support_pixel_values: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Scores every support as a query of its episode without it; in eval mode only, as there is no dropout.
+
+        What is kept of the supports is enough where the backbone encodes queries as it does supports: motion and
+        values of a query are those of the support, and it reads the others'. Only with Cmga-Adapters the videos are
+        needed, and encoded once more.
+
+        Args:
+            support ([`DmgalSupport`]): kept supports of B episodes, at least two of every class.
+            support_pixel_values (`torch.FloatTensor` of shape `(B, S, T, 3, H, W)`, *optional*): their videos.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, S, N)`: the logits.
+
+        Raises:
+            ValueError: a class has one support, or the videos are missing.
+        """
+        if F.one_hot(support.labels, support.way).sum(1).min() < 2:
+            raise ValueError("leave_one_out() needs at least two supports of every class; one class has a single one.")
+        if self.has_cross_adapters and support_pixel_values is None:
+            raise ValueError(
+                "leave_one_out() needs support_pixel_values for a model with Cmga-Adapters: it encodes queries "
+                "otherwise than supports."
+            )
+        features, logits = support.features, []
+        if self.cross_attention is not None:
+            features = features + self.cross_attention.gamma_cross * _read_others(support)
+        for video in range(features.shape[1]):
+            others = [other for other in range(features.shape[1]) if other != video]
+            if self.has_cross_adapters:
+                query = support_pixel_values[:, video : video + 1]
+                logits.append(self(query_pixel_values=query, support=support.select(others)).logits)
+            else:
+                kept = support.features[:, others], support.labels[:, others]
+                logits.append(self._match(features[:, video : video + 1], *kept, support.way))
+        return torch.cat(logits, 1)
+
     def forward(
         self,
         support_pixel_values: torch.FloatTensor | None = None,
@@ -193,6 +329,7 @@ class DmgalModel(DmgalPreTrainedModel):
         query_pixel_values: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         support: DmgalSupport | None = None,
+        query_maps: torch.FloatTensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -211,6 +348,8 @@ class DmgalModel(DmgalPreTrainedModel):
                 Classes of the queries, for the loss.
             support ([`DmgalSupport`], *optional*):
                 Supports from [`encode_support`], in place of the first two arguments.
+            query_maps (`torch.FloatTensor` of shape `(B, Q, T, C, h, w)`, *optional*):
+                Maps from [`encode_frames`], in place of `query_pixel_values`.
             output_attentions (`bool`, *optional*): also return the attention maps.
             output_hidden_states (`bool`, *optional*): also return the feature maps of the queries.
             return_dict (`bool`, *optional*): `False` returns a plain tuple.
@@ -223,8 +362,12 @@ class DmgalModel(DmgalPreTrainedModel):
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        if query_pixel_values is None:
-            raise ValueError("query_pixel_values is missing: pass the query videos, (B, Q, T, 3, H, W).")
+        if (query_pixel_values is None) == (query_maps is None):
+            raise ValueError(
+                "query_pixel_values is missing: pass the query videos, (B, Q, T, 3, H, W)."
+                if query_maps is None
+                else "Pass either query_pixel_values or query_maps: got both."
+            )
         if (support is None) == (support_pixel_values is None):
             raise ValueError(
                 "Pass either support_pixel_values with support_labels, or support from encode_support(): got "
@@ -234,23 +377,21 @@ class DmgalModel(DmgalPreTrainedModel):
         if support is None:
             support, attention = self._encode_support(support_pixel_values, support_labels)
             attentions["support_self"] = attention
-        self._check_query(query_pixel_values, labels, support)
+        if query_maps is None:
+            self._check_query("query_pixel_values", query_pixel_values, 3, labels, support)
+        else:
+            self._check_query("query_maps", query_maps, self.num_features, labels, support)
 
-        maps, attentions["query_self"], hidden_states = self._encode_videos(query_pixel_values)
+        cache = SupportCache.from_tensors({k: v for k, v in support.states.items() if not k.startswith("cross.")})
+        if query_maps is None:
+            query_maps = self._video_maps(query_pixel_values, cache)
+        maps, attentions["query_self"], hidden_states = self._encode_videos(query_maps)
         if self.cross_attention is not None:
             keys = CrossMotionKeys(support.states["cross.motion"], support.states["cross.values"])
             query_features, attentions["cross"] = self.cross_attention.describe(maps, keys)
         else:
             query_features = maps.mean((-1, -2))
-        logits = class_logits(
-            query_features,
-            support.features,
-            support.labels,
-            support.way,
-            self.config.alignment,
-            self.config.cosine_epsilon,
-            self.config.otam_smoothing,
-        )
+        logits = self._match(query_features, support.features, support.labels, support.way)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         attentions = {name: attention for name, attention in attentions.items() if attention is not None}
         output = DmgalOutput(
@@ -263,20 +404,35 @@ class DmgalModel(DmgalPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
+    def _match(self, query: torch.Tensor, support: torch.Tensor, labels: torch.Tensor, way: int) -> torch.Tensor:
+        config = self.config
+        return class_logits(
+            query, support, labels, way, config.alignment, config.cosine_epsilon, config.otam_smoothing
+        )
+
     def _encode_support(self, pixel_values, labels):
         self._check_support(pixel_values, labels)
-        maps, attention, _ = self._encode_videos(pixel_values)
-        states = {}
+        cache = SupportCache()
+        maps, attention, _ = self._encode_videos(self._video_maps(pixel_values, cache))
+        states = cache.tensors()
         if self.cross_attention is not None:
             maps, keys = self.cross_attention.encode_support(maps)
-            states = {"cross.motion": keys.motion, "cross.values": keys.values}
+            states |= {"cross.motion": keys.motion, "cross.values": keys.values}
         way = int(labels.max()) + 1
         return DmgalSupport(maps.mean((-1, -2)), labels, way, states), attention
 
-    def _encode_videos(self, pixel_values: torch.Tensor):
-        """What does not depend on the episode: (B, V, T, 3, H, W) -> maps (B, V, T, C, h, w), S-MGA's attention."""
-        batch = pixel_values.shape[:2]
-        maps = self._backbone_maps(pixel_values.flatten(0, 2)).unflatten(0, (-1, pixel_values.shape[2]))
+    def _video_maps(self, pixel_values: torch.Tensor, cache: SupportCache) -> torch.Tensor:
+        """
+        (B, V, T, 3, H, W) -> the backbone's maps (B, V, T, C, h, w).
+
+        A video's do not depend on its episode, but where Cmga-Adapters sit in the backbone: with an empty cache the
+        videos are supports and fill it, else they are queries and read it.
+        """
+        return self._backbone_maps(pixel_values, cache).unflatten(0, pixel_values.shape[:3])
+
+    def _encode_videos(self, maps: torch.Tensor):
+        """The backbone's maps (B, V, T, C, h, w) -> the last maps, the attention of S-MGA, the maps of every stage."""
+        batch, maps = maps.shape[:2], maps.flatten(0, 1)
         hidden_states = [maps]
         attention = None
         if self.self_attention is not None:
@@ -288,26 +444,33 @@ class DmgalModel(DmgalPreTrainedModel):
             hidden_states.append(maps)
         return maps.unflatten(0, batch), attention, tuple(state.unflatten(0, batch) for state in hidden_states)
 
-    def _backbone_maps(self, frames: torch.Tensor) -> torch.Tensor:
-        """Frames (F, 3, H, W) -> feature maps (F, C, h, w)."""
+    def _backbone_maps(self, pixel_values: torch.Tensor, cache: SupportCache) -> torch.Tensor:
+        """(B, V, T, 3, H, W) -> feature maps (B·V·T, C, h, w); a class token as descriptor is a map of one patch."""
+        config = self.config.backbone_config
+        episodes, videos, num_frames = pixel_values.shape[:3]
+        size = tuple(pixel_values.shape[-2:])
+        patch = _pair(getattr(config, "patch_size", 1))
+        grid = (size[0] // patch[0], size[1] // patch[1])
         kwargs = {}
-        image_size = getattr(self.config.backbone_config, "image_size", None)
-        if image_size is not None and tuple(frames.shape[-2:]) != _pair(image_size):
+        if any(isinstance(module, MgaLayer) for module in self.backbone.modules()):
+            num_support = (0 if len(cache) else videos,) * episodes
+            kwargs = {"num_frames": num_frames, "num_support": num_support, "patch_grid": grid, "support_cache": cache}
+        if getattr(config, "image_size", None) is not None and size != _pair(config.image_size):
             kwargs["interpolate_pos_encoding"] = True
-        hidden_states = self.backbone(pixel_values=frames, **kwargs).last_hidden_state
+        hidden_states = self.backbone(pixel_values=pixel_values.flatten(0, 2), **kwargs).last_hidden_state
         if hidden_states.dim() == 4:
             return hidden_states
-        if self.config.backbone_config.model_type in _FINAL_NORM_OUTSIDE:
+        if config.model_type in _FINAL_NORM_OUTSIDE:
             hidden_states = self.backbone.post_layernorm(hidden_states)
-        patch = _pair(self.config.backbone_config.patch_size)
-        grid = (frames.shape[-2] // patch[0], frames.shape[-1] // patch[1])
+        if self.config.frame_pooling == "cls":
+            return hidden_states[:, 0, :, None, None]
         num_prefix_tokens = hidden_states.shape[1] - grid[0] * grid[1]
         return hidden_states[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid)
 
-    def _check_videos(self, name: str, pixel_values: torch.Tensor):
-        if pixel_values.dim() != 6 or pixel_values.shape[3] != 3:
+    def _check_videos(self, name: str, pixel_values: torch.Tensor, channels: int = 3):
+        if pixel_values.dim() != 6 or pixel_values.shape[3] != channels:
             raise ValueError(
-                f"{name} must have the shape (episodes, videos, frames, 3, height, width), got "
+                f"{name} must have the shape (episodes, videos, frames, {channels}, height, width), got "
                 f"{tuple(pixel_values.shape)}. A single episode needs a leading 1."
             )
         if not pixel_values.is_floating_point():
@@ -337,12 +500,14 @@ class DmgalModel(DmgalPreTrainedModel):
                 f"support of class {missing}. Number its classes without gaps."
             )
 
-    def _check_query(self, pixel_values: torch.Tensor, labels: torch.Tensor | None, support: DmgalSupport):
-        self._check_videos("query_pixel_values", pixel_values)
+    def _check_query(
+        self, name: str, pixel_values: torch.Tensor, channels: int, labels: torch.Tensor | None, support: DmgalSupport
+    ):
+        self._check_videos(name, pixel_values, channels)
         episodes, _, num_frames = support.features.shape[:3]
         if (pixel_values.shape[0], pixel_values.shape[2]) != (episodes, num_frames):
             raise ValueError(
-                f"query_pixel_values has {pixel_values.shape[0]} episodes of {pixel_values.shape[2]} frames a video, "
+                f"{name} has {pixel_values.shape[0]} episodes of {pixel_values.shape[2]} frames a video, "
                 f"the supports have {episodes} of {num_frames}: both must agree."
             )
         if labels is None:
@@ -355,6 +520,19 @@ class DmgalModel(DmgalPreTrainedModel):
             raise ValueError(
                 f"labels must lie in 0..{support.way - 1}, the classes of the supports, got {lowest}..{highest}."
             )
+
+
+def _read_others(support: DmgalSupport) -> torch.Tensor:
+    """What the supports, as queries of C-MGA, read of each other: (B, S, T, C), the mean over their patches."""
+    motion, values = support.states["cross.motion"], support.states["cross.values"]
+    num_support, read = support.features.shape[1], []
+    for video, own in enumerate(motion.chunk(num_support, -2)):
+        scores = own / math.sqrt(motion.shape[-1]) @ motion.transpose(-1, -2)  # (directions, B, T, P, S·P)
+        scores = scores.unflatten(-1, (num_support, -1))
+        scores[..., video, :] = -math.inf
+        attention = scores.flatten(-2).softmax(-1).mean(0).mean(2, keepdim=True)  # (B, T, 1, S·P)
+        read.append((attention @ values).transpose(1, 2))
+    return torch.cat(read, 1)
 
 
 def _check_labels(name: str, labels: torch.Tensor | None, pixel_values: torch.Tensor):

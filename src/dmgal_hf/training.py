@@ -35,6 +35,7 @@ from .data import (
     sample_episodes,
     seed_from,
 )
+from .data.preparation import load_prepared
 from .evaluation import evaluate_episodes
 from .modeling_dmgal import DmgalModel, DmgalOutput
 from .video_processing_dmgal import DmgalVideoProcessor
@@ -44,6 +45,8 @@ logger = get_logger(__name__)
 
 def load_videos(arguments: DataArguments) -> DatasetDict:
     """The dataset that `arguments` name, with splits `train`, `validation` and `test` of disjoint classes."""
+    if arguments.prepared is not None:
+        return load_prepared(arguments.prepared, arguments.resize)
     if arguments.dataset == "motion_shapes":
         return load_motion_shapes(arguments.preset, arguments.clips_per_class, cache_dir=arguments.cache_dir)
     if arguments.dataset != "folder" and arguments.dataset not in BENCHMARKS:
@@ -143,6 +146,8 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
         RuntimeError: too many steps in a row without a finite loss, or too many unreadable videos.
         SystemExit: SIGTERM or Ctrl-C, after a resumable state was written.
     """
+    if arguments.cpu_threads is not None:
+        torch.set_num_threads(arguments.cpu_threads)
     accelerator = build_accelerator(arguments)
     output_dir = Path(arguments.output_dir)
     fields = {**asdict(data), **asdict(model), **asdict(arguments)}

@@ -8,6 +8,7 @@ What a picture looks like: rotated and mirrored as its display matrix says (to t
 kept as they are (no stretching of non-square pixels, no deinterlacing, no tone mapping), alpha laid over black.
 """
 
+import functools
 import io
 import os
 import re
@@ -87,7 +88,8 @@ def read_frames(video: Any, num_frames: int = 8, generator: torch.Generator | No
     """Read the frames of `video` that `segment_indices` picks.
 
     video: a path, an http(s) URL, bytes, a binary file object (read from its start), the {"path", "bytes"} of
-    `datasets.Video(decode=False)`, or a folder or .zip of JPEG or PNG frames in natural order of their names.
+    `datasets.Video(decode=False)`, a folder or .zip of JPEG or PNG frames in natural order of their names, or
+    "FILE.arrow#ROW", a clip of a frame cache (`dmgal_hf.data.preparation`).
 
     Returns: (T, 3, H, W) uint8 RGB, a view of channels-last memory. Frames of another size than the first of them
     (streams may change size) are scaled to it.
@@ -131,6 +133,8 @@ def _in_segments(clip_length: int, offsets: list[int]) -> list[int]:
 
 def _open(video: Any) -> "_Stream | _FrameFiles":
     source, media = _resolve(video)
+    if isinstance(media, str) and (cached := re.fullmatch(r"(.*\.arrow)#(\d+)", media, re.DOTALL)):
+        return _CachedFrames(source, cached[1], int(cached[2]))
     if isinstance(media, str) and os.path.isdir(media):
         return _FrameFiles(source, media, sorted(_frame_names(os.listdir(media)), key=_natural))
     try:
@@ -286,6 +290,36 @@ class _FrameFiles:
                 return np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, UnidentifiedImageError) as error:
             raise VideoDecodeError(f"{self.source}/{self.names[index]}", f"not a readable frame ({error})") from error
+
+
+class _CachedFrames(_FrameFiles):
+    """A clip kept as one image file a frame, in a row of an Arrow file with the columns `path` and `frames`. Only the
+    pages of the wanted frames are read."""
+
+    def __init__(self, source: str, file: str, row: int):
+        remedy = "Run scripts/prepare_data.py again, it makes anew what is missing."
+        try:
+            table = _map_arrow_file(file)
+            if row >= len(table):
+                raise OSError(f"it has {len(table)} rows")
+            self.frames = table["frames"][row].values.field("bytes")
+        except (OSError, ValueError, KeyError) as error:  # Arrow's own errors are such, too
+            raise VideoDecodeError(source, f"not a cached clip ({error})", remedy) from error
+        super().__init__(f"{source} ({table['path'][row]})", file, [f"frame {i}" for i in range(len(self.frames))])
+
+    def _load(self, indices: set[int]) -> dict[int, np.ndarray]:
+        return {i: self._decode(i, io.BytesIO(self.frames[i].as_buffer())) for i in indices}
+
+
+@functools.lru_cache(maxsize=1024)
+def _map_arrow_file(path: str) -> Any:
+    """A `pyarrow.Table` on the memory-mapped file."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ValueError("it needs pyarrow: pip install datasets") from error
+    with pyarrow.memory_map(path) as file, pyarrow.ipc.open_stream(file) as reader:
+        return reader.read_all()
 
 
 def _frame_names(names: list[str]) -> list[str]:

@@ -1,0 +1,34 @@
+"""Converts checkpoints of the DMGAL authors' code to DmgalModel, and back with --to_official.
+
+python scripts/convert_checkpoint.py --checkpoint FILE.pt --output DIR
+python scripts/convert_checkpoint.py --checkpoint DIR --output FILE.pt --to_official
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from dmgal_hf import DmgalModel, DmgalVideoProcessor
+from dmgal_hf.arguments import parse_arguments
+from dmgal_hf.conversion import convert_official_checkpoint, official_state_dict
+
+
+@dataclass
+class ConvertArguments:
+    """What is converted."""
+
+    checkpoint: str = field(metadata={"help": "The authors' file; with --to_official a folder or id of ours."})
+    output: str = field(metadata={"help": "Folder to write; with --to_official the file."})
+    to_official: bool = field(default=False, metadata={"help": "Write a file for the authors' code."})
+
+
+if __name__ == "__main__":
+    (arguments,) = parse_arguments((ConvertArguments,))
+    if arguments.to_official:
+        model = DmgalModel.from_pretrained(arguments.checkpoint)
+        torch.save({"model_state_dict": official_state_dict(model)}, arguments.output)
+    else:
+        model = convert_official_checkpoint(arguments.checkpoint)
+        model.save_pretrained(arguments.output)
+        DmgalVideoProcessor(num_frames=model.config.num_frames).save_pretrained(arguments.output)
+    print(f"wrote {arguments.output}")

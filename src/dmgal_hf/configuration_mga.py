@@ -1,0 +1,194 @@
+"""Configuration of motion-guided adapters (MGA), the PEFT method of DMGAL-Adapter."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+from peft import PeftConfig, PeftType
+from transformers.activations import ACT2FN
+
+FORMAT_VERSION = 1
+DIRECTIONS = {"both": ("forward", "backward"), "forward": ("forward",), "backward": ("backward",)}
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Return `PeftType.<name>`, adding the member first if peft (or another plug-in) does not have it yet.
+
+    peft looks methods up through this enumeration (`PeftType(value)`, `PeftType.MGA`, `name in list(PeftType)`) and
+    offers no call to extend it, so the member is entered in the tables from which `enum` answers those look-ups.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member._sort_order_ = len(PeftType.__members__)
+    setattr(PeftType, name, member)  # before the tables: afterwards the enumeration refuses to set the attribute
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+MGA = add_peft_type("MGA")
+
+
+@dataclass
+class MgaConfig(PeftConfig):
+    """
+    Configuration of an [`MgaModel`]: motion-guided adapters in front of the blocks of a frozen image transformer.
+
+    Blocks are counted from 0 in the order in which the backbone runs them; negative numbers count from the end.
+
+    Args:
+        target_modules (`str` or `list[str]`, *optional*):
+            The backbone's transformer blocks: a regular expression that matches the blocks' full names, or a list of
+            names or name endings. `None` finds the block list of CLIP vision, ViT, DINOv2 (with or without
+            registers), DINOv3 ViT and SigLIP vision models, also inside a larger model.
+        smga_layers (`list[int]`, *optional*):
+            The blocks that get a self motion-guided adapter (within one video). `None`: all that have no Cmga-Adapter;
+            `[]`: none.
+        cmga_layers (`list[int]`, *optional*):
+            The blocks that get a cross motion-guided adapter (queries read the supports of their episode). `None`: the
+            last block; `[]`: none.
+        width (`int`, *optional*):
+            Inner width d of the adapters. `None`: the backbone's width divided by `reduction`.
+        reduction (`int`, defaults to 4):
+            Divisor of the backbone's width where `width` is `None`.
+        directions (`str`, defaults to `"both"`):
+            Which motion differences are used: `"both"`, `"forward"` (to the next frame) or `"backward"`.
+        attention (`bool`, defaults to `True`):
+            Whether patches gather from patches that move alike. `False` leaves the values alone (an ablation).
+        num_frames (`int`, defaults to 8):
+            Frames a video, for calls that do not pass `num_frames`.
+        num_prefix_tokens (`int`, *optional*):
+            Tokens before the patch tokens (class and register tokens). `None`: known from the backbone's config.
+        activation (`str`, defaults to `"gelu"`):
+            Activation before the up-projection, by its name in transformers.
+        dropout (`float`, defaults to 0.0):
+            Dropout after the activation, while training.
+        init_weights (`bool`, defaults to `True`):
+            Start the up-projection at zero, so that a fresh adapter changes nothing. `False` starts it at random.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules of the model to train and to save with the adapter.
+        backbone_width (`int`, *optional*), backbone_depth (`int`, *optional*):
+            Width and number of blocks of the backbone the adapter was made for. Filled in when the adapter is put into
+            a model, and checked whenever it is loaded into another.
+        format_version (`int`, defaults to 1):
+            Version of this format; a config of a newer version is refused.
+
+    Raises:
+        ValueError: if a field has a value that is not allowed; the message names field, value and what is allowed.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names (list or regular expression) of the transformer blocks; None finds them."},
+    )
+    smga_layers: list[int] | None = field(
+        default=None, metadata={"help": "Blocks with an Smga-Adapter; None: all without a Cmga-Adapter, []: none."}
+    )
+    cmga_layers: list[int] | None = field(
+        default=None, metadata={"help": "Blocks with a Cmga-Adapter; None: the last block, []: none."}
+    )
+    width: int | None = field(
+        default=None, metadata={"help": "Inner width; None: the backbone's width divided by reduction."}
+    )
+    reduction: int = field(default=4, metadata={"help": "Divisor of the backbone's width where width is None."})
+    directions: str = field(default="both", metadata={"help": "Motion differences: both, forward or backward."})
+    attention: bool = field(default=True, metadata={"help": "Motion-guided attention; False: the values alone."})
+    num_frames: int = field(default=8, metadata={"help": "Frames a video, for calls that do not pass num_frames."})
+    num_prefix_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens before the patch tokens; None: known from the backbone's config."}
+    )
+    activation: str = field(default="gelu", metadata={"help": "Activation before the up-projection."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout after the activation, while training."})
+    init_weights: bool = field(
+        default=True, metadata={"help": "Start as the identity; False starts the up-projection at random."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and to save with the adapter."}
+    )
+    backbone_width: int | None = field(
+        default=None, metadata={"help": "Width of the backbone the adapter was made for; filled in automatically."}
+    )
+    backbone_depth: int | None = field(
+        default=None, metadata={"help": "Number of blocks the adapter was made for; filled in automatically."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of this format."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = MGA
+        self._check_version()
+        self._check_blocks()
+        self._check_adapter()
+
+    def _check_version(self):
+        version = self._integer("format_version", minimum=1)
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"This MgaConfig has format_version={version}, but the installed dmgal-hf reads versions up to "
+                f"{FORMAT_VERSION}. Upgrade dmgal-hf (`pip install -U dmgal-hf`) to load it."
+            )
+
+    def _check_blocks(self):
+        if isinstance(self.target_modules, (set, tuple)):
+            self.target_modules = sorted(self.target_modules)
+        targets = self.target_modules
+        is_names = isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets)
+        if not (targets is None or is_names or (isinstance(targets, str) and targets)):
+            raise ValueError(
+                f"MgaConfig.target_modules={targets!r}: give a regular expression, a non-empty list of block names, "
+                "or None to find the blocks of a known vision transformer."
+            )
+        for name in ("smga_layers", "cmga_layers"):
+            layers = getattr(self, name)
+            if layers is None:
+                continue
+            if isinstance(layers, (str, bytes)) or not hasattr(layers, "__iter__"):
+                raise ValueError(f"MgaConfig.{name}={layers!r}: give a list of block numbers, [] for none, or None.")
+            layers = [_as_integer(f"{name}[{position}]", layer) for position, layer in enumerate(layers)]
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"MgaConfig.{name}={layers}: names a block twice; give each block number once.")
+            setattr(self, name, layers)
+        if self.smga_layers == [] and self.cmga_layers == []:
+            raise ValueError(
+                "MgaConfig: smga_layers and cmga_layers are both [], which adapts nothing; set one of them."
+            )
+
+    def _check_adapter(self):
+        for name in ("width", "backbone_width", "backbone_depth"):
+            if getattr(self, name) is not None:
+                self._integer(name, minimum=1)
+        for name in ("reduction", "num_frames"):
+            self._integer(name, minimum=1)
+        if self.num_prefix_tokens is not None:
+            self._integer("num_prefix_tokens", minimum=0)
+        for name, allowed in (("directions", DIRECTIONS), ("activation", ACT2FN)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
+                raise ValueError(f"MgaConfig.{name}={value!r}: allowed are {', '.join(sorted(allowed))}.")
+        for name in ("attention", "init_weights"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"MgaConfig.{name}={value!r}: give True or False.")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"MgaConfig.dropout={self.dropout!r}: give a number of at least 0 and below 1.")
+
+    def _integer(self, name: str, minimum: int) -> int:
+        value = _as_integer(name, getattr(self, name))
+        if value < minimum:
+            raise ValueError(f"MgaConfig.{name}={value}: give an integer of at least {minimum}.")
+        setattr(self, name, value)
+        return value
+
+
+def _as_integer(name: str, value: object) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"MgaConfig.{name}={value!r}: give an integer.") from None

@@ -1,0 +1,6 @@
+"""The PEFT method `mga`: motion-guided adapters for frozen image transformers (DMGAL-Adapter)."""
+
+from .configuration_mga import MgaConfig
+from .modeling_mga import CmgaLayer, MgaModel, SmgaLayer, SupportCache
+
+__all__ = ["CmgaLayer", "MgaConfig", "MgaModel", "SmgaLayer", "SupportCache"]

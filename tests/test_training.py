@@ -1,0 +1,307 @@
+"""Whole training runs on small motion shapes: in this process, and as real processes of accelerate."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from dmgal_hf.arguments import DataArguments, EvaluateArguments, ModelArguments, TrainArguments, parse_arguments
+from dmgal_hf.data import load_motion_shapes, sample_episodes
+from dmgal_hf.evaluation import evaluate_episodes
+from dmgal_hf.training import describe_result, train
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+FIELDS = {
+    "clips_per_class": 3,
+    "resize": 36,
+    "crop_size": 32,
+    "num_workers": 0,
+    "backbone_config": {
+        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"
+    },
+    "motion_reduction": 4,
+    "way": 3,
+    "query": 1,
+    "num_episodes": 8,
+    "episodes_per_step": 2,
+    "learning_rate": 0.01,
+    "class_loss_weight": 0.3,
+    "validate_every": 4,
+    "validation_episodes": 3,
+    "test_episodes": 5,
+    "checkpoint_every": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("motion_shapes")
+    load_motion_shapes(clips_per_class=3, cache_dir=folder)
+    return str(folder)
+
+
+@pytest.fixture
+def config(tmp_path, cache_dir):
+    """Writes a config file of a small run and returns its path."""
+
+    def write(name="run", **fields):
+        path = tmp_path / f"{name}.yaml"
+        fields = {**FIELDS, "cache_dir": cache_dir, "output_dir": str(tmp_path / name), **fields}
+        path.write_text(yaml.safe_dump(fields))
+        return path
+
+    return write
+
+
+def run(config, *options):
+    arguments = parse_arguments((DataArguments, ModelArguments, TrainArguments), ["--config", str(config), *options])
+    return train(*arguments)
+
+
+def command(config, *options, processes=1):
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+        "--num_cpu_threads_per_process", "1", "--main_process_port", "0",
+        str(SCRIPTS / "train.py"), "--config", str(config), *options,
+    ]  # fmt: skip
+
+
+def weights(output_dir):
+    (folder,) = sorted(Path(output_dir, "checkpoints").glob("episode-000000008"))
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_end(first, second):
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+    states = [torch.load(Path(d, "checkpoints/episode-000000008/optimizer.bin"), weights_only=True)["state"]
+              for d in (first, second)]  # fmt: skip
+    for key, state in states[0].items():
+        assert all(torch.equal(state[name], states[1][key][name]) for name in state)
+    losses = [
+        [
+            (r["loss"], r["learning_rate"])
+            for r in json.loads(Path(d, "metrics.json").read_text())["training"]["history"]
+        ]
+        for d in (first, second)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache_dir):
+    """An uninterrupted run, its folder and what it returned."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**FIELDS, "cache_dir": cache_dir, "output_dir": str(folder / "run")}))
+    return folder / "run", run(path)
+
+
+def test_a_run_leaves_a_model_and_its_records(finished, cache_dir, capsys):
+    folder, metrics = finished
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 0.01
+    history = metrics["training"]["history"]
+    assert [record["episodes"] for record in history] == [2, 4, 6, 8]
+    assert all(record["gradient_norm"] > 0 and 0 <= record["data_wait_share"] <= 1 for record in history)
+    assert [i for i, record in enumerate(history) if "validation_accuracy" in record] == [1, 3]
+    assert metrics["validation"]["accuracy"] == max(r.get("validation_accuracy", -1) for r in history)
+    test = metrics["test"]
+    assert (test["num_episodes"], test["num_queries"], len(test["episodes_id"])) == (5, 15, 16)
+    assert sum(sum(row.values()) for row in test["confusion"].values()) == 15
+
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert processor.crop_size == {"height": 32, "width": 32}
+    best = AutoModel.from_pretrained(folder / "best").state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in model.state_dict().items())
+
+    arguments = parse_arguments(
+        (DataArguments, ModelArguments, TrainArguments), ["--config", str(folder.parent / "run.yaml")]
+    )
+    describe_result(*arguments)
+    assert "loaded again as DmgalModel and DmgalVideoProcessor" in capsys.readouterr().out
+
+
+def test_training_changes_what_it_should(config):
+    """Ten times the same few clips: the loss must fall."""
+    metrics = run(config(num_episodes=60, episodes_per_step=1, validate_every=60, test_episodes=0, query=2, shot=1,
+                         checkpoint_every=60, learning_rate=0.003, class_loss_weight=1.0))  # fmt: skip
+    losses = [record["loss"] for record in metrics["training"]["history"]]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def start_and_wait_for_checkpoint(command, output_dir, episodes):
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    wanted = Path(output_dir, "checkpoints", f"episode-{episodes:09d}")
+    deadline = time.monotonic() + 120
+    while not wanted.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("episodes", [2, 4])
+def test_resumed_after_kill_equals_uninterrupted(finished, config, tmp_path, episodes):
+    path = config("killed")
+    process = start_and_wait_for_checkpoint(command(path), tmp_path / "killed", episodes)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    run(path, "--resume")
+    assert_same_end(tmp_path / "killed", finished[0])
+
+
+def test_sigterm_saves_first(finished, config, tmp_path):
+    path = config("stopped", checkpoint_every=8, validate_every=8)
+    script = [sys.executable, str(SCRIPTS / "train.py"), "--config", str(path), "--validate_every", "2"]
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (tmp_path / "stopped" / "best").exists():  # after the first of four steps
+        assert process.poll() is None, process.communicate()[0].decode()
+        time.sleep(0.01)
+    process.terminate()
+    output = process.communicate()[0].decode()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "Go on with --resume" in output
+    run(path, "--resume", "--validate_every", "2")
+    assert_same_end(tmp_path / "stopped", finished[0])
+
+
+def test_two_processes_make_the_same_updates(finished, config, tmp_path):
+    result = subprocess.run(command(config("two"), processes=2), capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    one, two = weights(finished[0]), weights(tmp_path / "two")
+    for name in one:
+        if "running_" not in name and "num_batches" not in name:  # statistics are those of the main process
+            torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3, msg=name)
+    history = [
+        json.loads(Path(d, "metrics.json").read_text())["training"]["history"] for d in (finished[0], tmp_path / "two")
+    ]
+    for first, second in zip(*history):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
+
+
+def test_evaluation_is_the_same_with_two_processes(finished, cache_dir, tmp_path):
+    options = ["--model", str(finished[0]), "--cache_dir", cache_dir, "--clips_per_class", "3", "--num_workers", "0",
+               "--way", "3", "--shot", "1", "2", "--num_episodes", "7"]  # fmt: skip
+    results = []
+    for processes in (1, 2):
+        path = tmp_path / f"{processes}.json"
+        launch = command("unused", processes=processes)
+        launch = [*launch[: launch.index(str(SCRIPTS / "train.py"))], str(SCRIPTS / "evaluate.py")]
+        result = subprocess.run([*launch, *options, "--json", str(path)], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        results.append(json.loads(path.read_text()))
+    assert results[0] == results[1]
+    assert [(r["shot"], r["num_episodes"], r["num_queries"]) for r in results[0]] == [(1, 7, 21), (2, 7, 21)]
+
+
+def test_accuracy_counts_what_the_model_says(finished, cache_dir):
+    """Against a loop over the episodes that asks the processor and the model one by one."""
+    model, processor = AutoModel.from_pretrained(finished[0]), AutoProcessor.from_pretrained(finished[0])
+    videos = load_motion_shapes(clips_per_class=3, cache_dir=cache_dir)["test"]
+    episodes = sample_episodes(videos["label"], 3, 1, 2, 6, seed=3)
+    metrics = evaluate_episodes(model, processor, videos, episodes, Accelerator())
+    accuracies = []
+    for episode in episodes:
+        support = {label: [videos[row]["video"]] for row, label in zip(episode["support"], episode["support_labels"])}
+        inputs = processor(support=support, query=[videos[row]["video"] for row in episode["query"]])
+        with torch.no_grad():
+            predicted = model(**inputs).logits[0].argmax(-1)
+        accuracies.append((predicted == torch.tensor(episode["query_labels"])).float().mean().item())
+    accuracies = torch.tensor(accuracies)
+    assert metrics["accuracy"] == pytest.approx(100 * accuracies.mean().item(), abs=1e-4)
+    assert metrics["confidence_interval"] == pytest.approx(196 * accuracies.std().item() / 6**0.5, abs=1e-3)
+
+
+def test_a_broken_video_is_replaced_and_reported(config, cache_dir, tmp_path):
+    folder = tmp_path / "videos"
+    for split, classes in {
+        "train": ("left", "right", "up"),
+        "val": ("rotate_ccw", "up_right", "figure_eight"),
+    }.items():
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for clip in Path(cache_dir, "plain-seed0-v1", name).glob("*.mp4"):
+                (folder / split / name / clip.name).write_bytes(clip.read_bytes())
+    broken = folder / "train" / "left" / "00001.mp4"
+    broken.write_bytes(broken.read_bytes()[:500])
+    fields = {"dataset": "folder", "videos": str(folder), "test_episodes": 0, "num_episodes": 4, "validate_every": 4}
+    metrics = run(config("replaced", max_broken=0.2, **fields))
+    assert metrics["training"]["broken_videos"] == [str(broken)]
+    with pytest.raises(
+        RuntimeError, match=r"1 of 9 training videos cannot be read, more than max_broken=1\.00%.*00001"
+    ):
+        run(config("refused", **fields))
+
+
+def test_a_loss_that_is_not_finite_is_left_out_and_ends_the_run(config, tmp_path):
+    with pytest.raises(RuntimeError, match=r"not finite in 2 steps in a row"):
+        run(config("bad", learning_rate=1e30, warmup_ratio=0.0, num_episodes=16, max_bad_steps=2))
+
+
+class TestBadInput:
+    def test_resuming_another_run(self, config, tmp_path, finished):
+        path = config("other", output_dir=str(finished[0]))
+        with pytest.raises(ValueError, match=r"another run: learning_rate was 0\.01 and is 0\.02"):
+            run(path, "--resume", "--learning_rate", "0.02")
+
+    def test_nothing_to_resume(self, config):
+        with pytest.raises(FileNotFoundError, match="nothing to resume.*leave out --resume"):
+            run(config("empty"), "--resume")
+
+    def test_incomplete_checkpoint(self, config, tmp_path):
+        path = config("incomplete", test_episodes=0)
+        run(path)
+        newest = sorted((tmp_path / "incomplete" / "checkpoints").iterdir())[-1]
+        (newest / "optimizer.bin").unlink()
+        with pytest.raises(FileNotFoundError, match=r"episode-000000008 is not complete.*remove that folder"):
+            run(path, "--resume")
+
+    def test_more_processes_than_episodes(self, config):
+        result = subprocess.run(
+            command(config("many"), "--episodes_per_step", "1", processes=2), capture_output=True, text=True
+        )
+        assert result.returncode != 0
+        assert "episodes_per_step=1 cannot be shared out to 2 processes" in result.stderr
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (["--learning_rat", "1"], r"unknown option '--learning_rat'\. Did you mean 'learning_rate'\?"),
+            (["--dataset", "kinetics"], r"dataset must be motion_shapes, folder or one of .*kinetics-100.*'kinetics'"),
+            (["--dataset", "hmdb51"], r"dataset 'hmdb51' needs videos"),
+            (["--dataset", "folder", "--videos", "nowhere"], r"nowhere"),
+            (["--way", "30"], r"30-way .*24"),
+            (["--shot", "3"], r"3 shots and 1 queries a class need 4"),
+            (["--num_episodes", "7"], r"num_episodes must be a multiple of episodes_per_step=2, got 7"),
+            (["--optimizer", "adam"], r"optimizer must be adamw or sgd, got 'adam'"),
+        ],
+    )
+    def test_arguments(self, config, options, message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run(config("bad"), *options)
+
+    def test_config_files(self, config, tmp_path):
+        with pytest.raises(ValueError, match=r"unknown field 'learningrate'\. Did you mean 'learning_rate'\?"):
+            run(config("typo", learningrate=1))
+        with pytest.raises(FileNotFoundError, match="there is no config file"):
+            run(tmp_path / "missing.yaml")
+        (tmp_path / "list.yaml").write_text("- 1")
+        with pytest.raises(ValueError, match="must hold a mapping"):
+            run(tmp_path / "list.yaml")
+
+    def test_model_is_required(self):
+        with pytest.raises(SystemExit):
+            parse_arguments((DataArguments, EvaluateArguments), [])
