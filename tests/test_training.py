@@ -258,7 +258,7 @@ class TestBadInput:
             run(path, "--resume", "--learning_rate", "0.02")
 
     def test_nothing_to_resume(self, config):
-        with pytest.raises(FileNotFoundError, match="nothing to resume.*leave out --resume"):
+        with pytest.raises(FileNotFoundError, match=r"nothing to resume.*leave out --resume"):
             run(config("empty"), "--resume")
 
     def test_incomplete_checkpoint(self, config, tmp_path):

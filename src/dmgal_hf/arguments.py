@@ -56,10 +56,14 @@ class ModelArguments:
     num_frames: int = field(default=8, metadata={"help": "Frames a video."})
     alignment: str = field(default="bi_mhm", metadata={"help": "bi_mhm, otam or mean."})
     frame_pooling: str = field(default="mean", metadata={"help": "mean or cls."})
+    adapter_config: dict | str | None = field(
+        default=None, metadata={"help": "Fields of MgaConfig for paradigm adapter, as YAML or JSON; {} for defaults."}
+    )
 
     def __post_init__(self):
-        if isinstance(self.backbone_config, str):
-            self.backbone_config = yaml.safe_load(self.backbone_config)
+        for name in ("backbone_config", "adapter_config"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, yaml.safe_load(getattr(self, name)))
         if self.backbone is not None and self.backbone_config is not None:
             raise ValueError("give backbone (pretrained) or backbone_config (random weights), not both")
 
@@ -67,7 +71,7 @@ class ModelArguments:
         """Fields for [`DmgalConfig`], without the backbone."""
         switches = ("self_motion_attention", "mixer", "cross_motion_attention")
         names = ("paradigm", "motion_directions", "motion_scales", "motion_reduction", "num_frames", "alignment",
-                 "frame_pooling")  # fmt: skip
+                 "frame_pooling", "adapter_config")  # fmt: skip
         return {
             **{name: getattr(self, name) and self.motion_attention for name in switches},
             **{name: getattr(self, name) for name in names},

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .arguments import DataArguments, EvaluateArguments
 from .data import EpisodeVideos, collate_episodes, episodes_id, load_episodes, sample_episodes
+from .data.loading import load_videos
 from .modeling_dmgal import DmgalModel
 from .video_processing_dmgal import DmgalVideoProcessor
 

@@ -287,9 +287,8 @@ def collect_files(output_dir: str | os.PathLike, repo_id: str | None = None) -> 
     if "config.json" in files:
         _check_config(folder)
         files |= _source_files()
-    for name, auto_map in AUTO_MAPS.items():
-        if name in files:
-            files[name] = _as_json(_read(folder / name) | {"auto_map": auto_map})
+        for name in AUTO_MAPS.keys() & files.keys():
+            files[name] = _as_json(_read(folder / name) | {"auto_map": AUTO_MAPS[name]})
     if "metrics.json" in files:
         files["metrics.json"] = _as_json(_without_paths(_read(folder / "metrics.json")))
     files["README.md"] = str(render_model_card(folder, repo_id)).encode()

@@ -260,7 +260,7 @@ class DmgalModel(DmgalPreTrainedModel):
 
     @property
     def has_cross_adapters(self) -> bool:
-        """Whether Cmga-Adapters sit in the backbone, so that a video is encoded otherwise as a query than as a support."""
+        """Whether Cmga-Adapters sit in the backbone: a query is then encoded otherwise than a support."""
         return any(isinstance(module, CmgaLayer) for module in self.backbone.modules())
 
     def encode_frames(self, pixel_values: torch.Tensor) -> torch.Tensor:

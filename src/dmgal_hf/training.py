@@ -2,12 +2,12 @@
 
 import json
 import math
-import resource
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 import yaml
@@ -23,41 +23,13 @@ from transformers import AutoModel, AutoProcessor, get_scheduler
 from .arguments import DataArguments, ModelArguments, TrainArguments
 from .checkpoints import Progress, StopSignal, load_checkpoint, replace_file, save_checkpoint, write_aside
 from .configuration_dmgal import DmgalConfig
-from .data import (
-    BENCHMARKS,
-    ClipAugmentation,
-    EpisodeSource,
-    EpisodeVideos,
-    collate_episodes,
-    load_benchmark,
-    load_motion_shapes,
-    load_video_folder,
-    sample_episodes,
-    seed_from,
-)
-from .data.preparation import load_prepared
+from .data import ClipAugmentation, EpisodeSource, EpisodeVideos, collate_episodes, sample_episodes, seed_from
+from .data.loading import load_videos
 from .evaluation import evaluate_episodes
 from .modeling_dmgal import DmgalModel, DmgalOutput
 from .video_processing_dmgal import DmgalVideoProcessor
 
 logger = get_logger(__name__)
-
-
-def load_videos(arguments: DataArguments) -> DatasetDict:
-    """The dataset that `arguments` name, with splits `train`, `validation` and `test` of disjoint classes."""
-    if arguments.prepared is not None:
-        return load_prepared(arguments.prepared, arguments.resize)
-    if arguments.dataset == "motion_shapes":
-        return load_motion_shapes(arguments.preset, arguments.clips_per_class, cache_dir=arguments.cache_dir)
-    if arguments.dataset != "folder" and arguments.dataset not in BENCHMARKS:
-        raise ValueError(
-            f"dataset must be motion_shapes, folder or one of {', '.join(BENCHMARKS)}, got {arguments.dataset!r}."
-        )
-    if arguments.videos is None:
-        raise ValueError(f"dataset {arguments.dataset!r} needs videos: the folder that holds them.")
-    if arguments.dataset == "folder":
-        return load_video_folder(arguments.videos)
-    return load_benchmark(arguments.dataset, arguments.videos, arguments.splits, allow_missing=arguments.allow_missing)
 
 
 def build_model(model: ModelArguments, data: DataArguments) -> tuple[DmgalModel, DmgalVideoProcessor]:
@@ -284,7 +256,7 @@ class TrainingRun:
                 "episodes": progress.episodes,
                 "episodes_per_second": arguments.episodes_per_step / (now - started),
                 "data_wait_share": waited / (now - started),
-                "memory_gib": _peak_memory(self.accelerator.device),
+                "memory_gib": _memory(self.accelerator.device),
             }
             records, waited = [], 0.0
             self.accelerator.log(record, step=progress.episodes)
@@ -429,11 +401,11 @@ def _passed(episodes: int, every: int, step: int) -> bool:
     return episodes // every > (episodes - step) // every
 
 
-def _peak_memory(device: torch.device) -> float:
-    """Peak memory in GiB: of the GPU where there is one, else of the process."""
+def _memory(device: torch.device) -> float:
+    """Memory in GiB: the peak of the GPU where there is one, else what the process holds."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return psutil.Process().memory_info().rss / 2**30
 
 
 def describe_result(data: DataArguments, model: ModelArguments, arguments: TrainArguments):

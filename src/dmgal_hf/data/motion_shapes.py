@@ -277,16 +277,48 @@ def render_clip(class_name: str, preset: str = "plain", seed: int = 0, index: in
     _check_preset(preset)
     if class_name not in MOTIONS:
         raise ValueError(f"unknown motion class {class_name!r}: use one of {', '.join(MOTIONS)}")
-    # Philox, and only its method `random`: the same numbers on every machine.
-    name = f"motion_shapes/{GENERATOR_VERSION}/{preset}/{operator.index(seed)}/{class_name}/{operator.index(index)}"
-    digest = hashlib.sha256(name.encode()).digest()
-    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    rng = _random_numbers(
+        f"motion_shapes/{GENERATOR_VERSION}/{preset}/{operator.index(seed)}/{class_name}/{operator.index(index)}"
+    )
+    camera = _camera_walk(rng)
+    frames, _, _, paint = _draw_looks(rng, PRESETS[preset], camera)
+    paint(*_draw_track(rng, MOTIONS[class_name], camera))
+    return frames
 
-    # How the clip looks: nothing here depends on the class.
-    style, camera = PRESETS[preset], _camera_walk(rng)
+
+def render_still(preset: str = "plain", seed: int = 0, index: int = 0) -> tuple[np.ndarray, str, str]:
+    """Draw one picture as the clips show them, to train a backbone that sees but knows no motion.
+
+    Returns:
+        (112, 112, 3) uint8 RGB, the name of the shape (one of `SHAPES`) and that of its texture (one of `TEXTURES`).
+
+    Raises:
+        ValueError: if the preset is unknown.
+    """
+    _check_preset(preset)
+    rng = _random_numbers(f"still_shapes/{GENERATOR_VERSION}/{preset}/{operator.index(seed)}/{operator.index(index)}")
+    frames, shape, texture, paint = _draw_looks(rng, PRESETS[preset], np.zeros((2, 1)))
+    radius = _log_uniform(rng, *RADIUS_RANGE) * np.exp(SCALE_RANGE * (rng.random(1) - 0.5))
+    paint(SIZE * rng.random((2, 1)), radius, 2 * np.pi * rng.random(1))
+    return frames[0], shape, texture
+
+
+def _random_numbers(name: str) -> np.random.Generator:
+    # Philox, and only its method `random`: the same numbers on every machine.
+    digest = hashlib.sha256(name.encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def _draw_looks(rng, style: _Style, camera: np.ndarray) -> tuple[np.ndarray, str, str, Callable]:
+    """How a clip looks; nothing of it depends on the class.
+
+    Returns:
+        The background (frames, SIZE, SIZE, 3) uint8 for a camera walk (2, frames), the names of shape and texture, and
+        what paints the object into it for a centre, a radius and an angle as `_draw_track` gives them.
+    """
     grounds, backdrop = list(_colours(rng, 1, style.ground_levels)), _choose(rng, style.backgrounds)
     if backdrop == "flat":
-        frames = np.empty((FRAMES, SIZE, SIZE, 3), np.uint8)
+        frames = np.empty((camera.shape[1], SIZE, SIZE, 3), np.uint8)
         frames[:] = np.rint(255 * grounds[0])
     else:
         grounds.append(np.clip(grounds[0] + 0.5 * (rng.random(3) - 0.5), 0, 1))
@@ -295,12 +327,11 @@ def render_clip(class_name: str, preset: str = "plain", seed: int = 0, index: in
     apart = [(ground, style.contrast) for ground in grounds]
     first = _contrasting_colour(rng, style.object_levels, apart)
     second = _contrasting_colour(rng, style.object_levels, [*apart, (first, 0.15)])
-    shape, phases = SHAPES[_choose(rng, list(SHAPES))], 2 * np.pi * rng.random(3).astype(np.float32)
-    texture = partial(TEXTURES[_choose(rng, style.textures)], _log_uniform(rng, 5, 9), *phases)
-
-    track = _draw_track(rng, MOTIONS[class_name], camera)
-    _paint(frames, *track, shape, texture, np.stack([first, second]))
-    return frames
+    shape, phases = _choose(rng, list(SHAPES)), 2 * np.pi * rng.random(3).astype(np.float32)
+    texture = _choose(rng, style.textures)
+    pattern = partial(TEXTURES[texture], _log_uniform(rng, 5, 9), *phases)
+    paint = partial(_paint, frames, shape=SHAPES[shape], texture=pattern, colours=np.stack([first, second]))
+    return frames, shape, texture, paint
 
 
 def _encode(frames: np.ndarray) -> bytes:
