@@ -21,6 +21,7 @@ from dmgal_hf.evaluation import evaluate_episodes
 from dmgal_hf.training import describe_result, train
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true"}  # --multi_gpu then starts processes that talk through gloo
 FIELDS = {
     "clips_per_class": 3,
     "resize": 36,
@@ -70,8 +71,8 @@ def run(config, *options):
 
 def command(config, *options, processes=1):
     return [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
-        "--num_cpu_threads_per_process", "1", "--main_process_port", "0",
+        sys.executable, "-m", "accelerate.commands.launch", *(["--cpu"] if processes == 1 else ["--multi_gpu"]),
+        "--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--main_process_port", "0",
         str(SCRIPTS / "train.py"), "--config", str(config), *options,
     ]  # fmt: skip
 
@@ -179,8 +180,9 @@ def test_sigterm_saves_first(finished, config, tmp_path):
 
 
 def test_two_processes_make_the_same_updates(finished, config, tmp_path):
-    result = subprocess.run(command(config("two"), processes=2), capture_output=True, text=True)
+    result = subprocess.run(command(config("two"), processes=2), capture_output=True, text=True, env=ON_CPU)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "Training with 2 processes" in result.stdout
     one, two = weights(finished[0]), weights(tmp_path / "two")
     for name in one:
         if "running_" not in name and "num_batches" not in name:  # statistics are those of the main process
@@ -200,7 +202,7 @@ def test_evaluation_is_the_same_with_two_processes(finished, cache_dir, tmp_path
         path = tmp_path / f"{processes}.json"
         launch = command("unused", processes=processes)
         launch = [*launch[: launch.index(str(SCRIPTS / "train.py"))], str(SCRIPTS / "evaluate.py")]
-        result = subprocess.run([*launch, *options, "--json", str(path)], capture_output=True, text=True)
+        result = subprocess.run([*launch, *options, "--json", str(path)], capture_output=True, text=True, env=ON_CPU)
         assert result.returncode == 0, result.stdout + result.stderr
         results.append(json.loads(path.read_text()))
     assert results[0] == results[1]
@@ -271,7 +273,10 @@ class TestBadInput:
 
     def test_more_processes_than_episodes(self, config):
         result = subprocess.run(
-            command(config("many"), "--episodes_per_step", "1", processes=2), capture_output=True, text=True
+            command(config("many"), "--episodes_per_step", "1", processes=2),
+            capture_output=True,
+            text=True,
+            env=ON_CPU,
         )
         assert result.returncode != 0
         assert "episodes_per_step=1 cannot be shared out to 2 processes" in result.stderr

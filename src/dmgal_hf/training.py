@@ -154,6 +154,10 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
             "or start fewer processes."
         )
     accelerator.gradient_accumulation_steps = arguments.episodes_per_step // together
+    accelerator.print(
+        f"Training with {accelerator.num_processes} processes on {accelerator.device.type}: "
+        f"{arguments.episodes_per_step} episodes a step, {arguments.episodes_per_forward} a forward pass"
+    )
     return accelerator
 
 
