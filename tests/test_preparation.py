@@ -27,6 +27,7 @@ from dmgal_hf.data import (
     load_video_folder,
     sample_episodes,
 )
+from dmgal_hf.data.loading import load_videos
 from dmgal_hf.data.preparation import (
     PrepareArguments,
     describe_report,
@@ -35,7 +36,6 @@ from dmgal_hf.data.preparation import (
     prepare_videos,
     read_records,
 )
-from dmgal_hf.data.loading import load_videos
 from dmgal_hf.video_decoding import VideoDecodeError, probe_video, read_frames, read_frames_at, segment_indices
 from dmgal_hf.video_processing_dmgal import DmgalVideoProcessor, resize_short_side
 

@@ -128,6 +128,9 @@ def test_a_run_leaves_a_model_and_its_records(finished, cache_dir, capsys):
     best = AutoModel.from_pretrained(folder / "best").state_dict()
     assert all(torch.equal(tensor, best[name]) for name, tensor in model.state_dict().items())
 
+    card = (folder / "README.md").read_text()
+    assert f"{test['accuracy']:.1f}" in card and test["episodes_id"] in card
+
     arguments = parse_arguments(
         (DataArguments, ModelArguments, TrainArguments), ["--config", str(folder.parent / "run.yaml")]
     )

@@ -2,11 +2,13 @@
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
 from .configuration_dmgal import DmgalConfig
 from .modeling_dmgal import DmgalModel, DmgalOutput, DmgalPreTrainedModel, DmgalSupport
 from .peft import CmgaLayer, MgaConfig, MgaModel, SmgaLayer
+from .pipeline import TASK, FewShotVideoClassificationPipeline, StreamedLabel
 from .video_decoding import VideoDecodeError
 from .video_processing_dmgal import DmgalVideoProcessor
 
@@ -24,6 +26,15 @@ if is_torchvision_available():
 
     AutoVideoProcessor.register(DmgalConfig, DmgalVideoProcessor, exist_ok=True)
 
+if TASK not in PIPELINE_REGISTRY.supported_tasks:
+    PIPELINE_REGISTRY.register_pipeline(
+        TASK, pipeline_class=FewShotVideoClassificationPipeline, pt_model=AutoModel, type="video"
+    )
+# save_pretrained and push_to_hub lay the source beside the weights, for `trust_remote_code` where dmgal_hf is missing.
+DmgalConfig.register_for_auto_class()
+DmgalModel.register_for_auto_class("AutoModel")
+DmgalVideoProcessor.register_for_auto_class("AutoProcessor")
+
 __version__ = "0.1.0"
 __all__ = [
     "CmgaLayer",
@@ -33,8 +44,10 @@ __all__ = [
     "DmgalPreTrainedModel",
     "DmgalSupport",
     "DmgalVideoProcessor",
+    "FewShotVideoClassificationPipeline",
     "MgaConfig",
     "MgaModel",
     "SmgaLayer",
+    "StreamedLabel",
     "VideoDecodeError",
 ]

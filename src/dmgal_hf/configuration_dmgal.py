@@ -66,6 +66,8 @@ class DmgalConfig(PreTrainedConfig):
         adapter_config (`dict`, *optional*):
             Fields of [`MgaConfig`] for the adapters inside the backbone (paradigm "adapter"). `None` leaves the plain
             frozen backbone with prototype matching: the zero-training baseline, and what peft attaches adapters to.
+        score_temperature (`float`, *optional*, defaults to 1.0):
+            Scores of the pipeline are softmax(logits / score_temperature).
         format_version (`int`, *optional*):
             Version of the checkpoint format. One that is newer than this release understands is refused.
 
@@ -102,6 +104,7 @@ class DmgalConfig(PreTrainedConfig):
     otam_smoothing: float = 0.1
     frame_pooling: str = "mean"
     adapter_config: dict | None = None
+    score_temperature: float = 1.0
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
@@ -165,10 +168,14 @@ class DmgalConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
-        for name, lowest in (("position_scale", "0 or more"), ("cosine_epsilon", "0 or more"), ("otam_smoothing", "")):
+        for name in ("position_scale", "cosine_epsilon"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or value < 0 or (not lowest and value == 0):
-                raise ValueError(f"{name} must be {lowest or 'more than 0'}, got {value!r}.")
+            if not isinstance(value, (int, float)) or value < 0:
+                raise ValueError(f"{name} must be 0 or more, got {value!r}.")
+        for name in ("otam_smoothing", "score_temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f"{name} must be more than 0, got {value!r}.")
         scales = self.motion_scales
         if not isinstance(scales, (list, tuple)) or set(scales) - {"half", "full"} or len(set(scales)) < len(scales):
             raise ValueError(f"motion_scales must list 'half' and 'full' at most once each, got {scales!r}.")

@@ -114,6 +114,7 @@ def render_model_card(output_dir: str | os.PathLike, repo_id: str | None = None)
         dataset=arguments.get("dataset"),
         base_model=base_model,
         backbone_type=config.get("backbone_config", {}).get("model_type"),
+        from_scratch=bool(arguments) and not adapter and arguments.get("backbone") is None,
         state=state,
         metrics=metrics,
         arguments=_portable(arguments, base_model),
@@ -135,6 +136,7 @@ def render_planned_card(paradigm: str, benchmark: str) -> ModelCard:
         dataset=benchmark,
         base_model=RELEASE_BACKBONES[paradigm],
         backbone_type=None,
+        from_scratch=False,
         state="untrained",
         metrics={},
         arguments={},
@@ -417,7 +419,7 @@ def push_episodes(
     private: bool = False,
     revision: str | None = None,
     token: str | None = None,
-) -> str:
+) -> CommitInfo:
     """
     Uploads an episode list with a dataset card, for others to evaluate on the very same episodes;
     [`load_episodes`](data.load_episodes) reads it back.
@@ -430,7 +432,7 @@ def push_episodes(
         private, revision, token: as [`push_to_hub`].
 
     Returns:
-        `str`: URL of the commit that holds the card.
+        `huggingface_hub.CommitInfo`: of the commit that completes the card.
 
     Raises:
         ValueError: the dataset is no episode list.
@@ -445,7 +447,7 @@ def push_episodes(
 
 def push_motion_shapes(
     shapes: DatasetDict, repo_id: str, private: bool = False, revision: str | None = None, token: str | None = None
-) -> str:
+) -> CommitInfo:
     """
     Uploads motion shapes, videos included, with a dataset card.
 
@@ -454,14 +456,16 @@ def push_motion_shapes(
         repo_id, private, revision, token: as [`push_to_hub`].
 
     Returns:
-        `str`: URL of the commit that holds the card.
+        `huggingface_hub.CommitInfo`: of the commit that completes the card.
     """
     shapes.push_to_hub(repo_id, private=private, revision=revision, token=token)
     text = _MOTION_SHAPES_TEXT.format(version=GENERATOR_VERSION, repo_id=repo_id)
     return _push_dataset_card(repo_id, text, ["few-shot-learning", "action-recognition", "synthetic"], revision, token)
 
 
-def _push_dataset_card(repo_id: str, text: str, tags: list[str], revision: str | None, token: str | None) -> str:
+def _push_dataset_card(
+    repo_id: str, text: str, tags: list[str], revision: str | None, token: str | None
+) -> CommitInfo:
     """Completes the card that `datasets` has written, which lists features and files only."""
     path = hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision, token=token)
     card = DatasetCard.load(path)
@@ -469,4 +473,7 @@ def _push_dataset_card(repo_id: str, text: str, tags: list[str], revision: str |
     card.data.tags = ["dmgal", *tags]
     card.data.task_categories = ["video-classification"]
     card.text = text
-    return card.push_to_hub(repo_id, revision=revision, token=token)
+    return HfApi(token=token).upload_file(
+        path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id=repo_id, repo_type="dataset",
+        revision=revision, commit_message="Describe the dataset",
+    )  # fmt: skip

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from peft import inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -18,7 +17,7 @@ from transformers.utils import ModelOutput
 from .alignment import class_logits
 from .configuration_dmgal import DmgalConfig
 from .configuration_mga import MgaConfig
-from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer, SupportCache
+from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer, MgaModel, SupportCache
 from .motion_attention import CrossMotionAttention, CrossMotionKeys, SelfMotionAttention, TemporalChannelMixer
 
 # Vision towers whose last_hidden_state comes before their final norm; all others return it normalised.
@@ -191,7 +190,7 @@ class DmgalModel(DmgalPreTrainedModel):
         self.post_init()
         if config.adapter_config is not None:
             # After the initialisation above, which would give the adapters the backbone's random weights.
-            inject_adapter_in_model(MgaConfig(**config.adapter_config), self.backbone)
+            MgaModel(self.backbone, MgaConfig(**config.adapter_config), "default")
         self._freeze()
 
     def _freeze(self):

@@ -26,6 +26,7 @@ from .configuration_dmgal import DmgalConfig
 from .data import ClipAugmentation, EpisodeSource, EpisodeVideos, collate_episodes, sample_episodes, seed_from
 from .data.loading import load_videos
 from .evaluation import evaluate_episodes
+from .hub import render_model_card
 from .modeling_dmgal import DmgalModel, DmgalOutput
 from .video_processing_dmgal import DmgalVideoProcessor
 
@@ -103,7 +104,7 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
     from the seed and the number of the episode, whatever the number of processes and workers, and whether the run was
     interrupted or not.
 
-    Writes into `output_dir`: the model and its processor, `config.yaml`, `metrics.json`, and `checkpoints/`.
+    Writes into `output_dir`: the model and its processor, `config.yaml`, `metrics.json`, a model card, `checkpoints/`.
 
     Args:
         data ([`DataArguments`]): which videos.
@@ -397,6 +398,7 @@ class TrainingRun:
             }
         if accelerator.is_main_process:
             replace_file(self.output_dir / "metrics.json", json.dumps(metrics, indent=2))
+            render_model_card(self.output_dir).save(self.output_dir / "README.md")
         return metrics
 
 
