@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from dmgal_hf import DmgalConfig, MgaConfig
 from dmgal_hf.arguments import DataArguments, EvaluateArguments, ModelArguments, TrainArguments, parse_arguments
 from dmgal_hf.data import load_motion_shapes, sample_episodes
 from dmgal_hf.evaluation import evaluate_episodes
@@ -313,3 +314,14 @@ class TestBadInput:
     def test_model_is_required(self):
         with pytest.raises(SystemExit):
             parse_arguments((DataArguments, EvaluateArguments), [])
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPTS / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_parse_and_fit_together(path):
+    data, model, arguments = parse_arguments((DataArguments, ModelArguments, TrainArguments), ["--config", str(path)])
+    DmgalConfig(**model.config_fields())
+    if model.adapter_config is not None:
+        MgaConfig(**model.adapter_config)
+    assert not (data.dataset.startswith("ssv2") and arguments.horizontal_flip)  # a flip changes these labels
+    assert arguments.output_dir == f"runs/{path.stem}"
+    assert arguments.episodes_per_step % arguments.episodes_per_forward == 0

@@ -32,6 +32,12 @@ class DataArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Motion shapes: where the clips are kept."})
     resize: int = field(default=256, metadata={"help": "Short side of the frames, in pixels."})
     crop_size: int = field(default=224, metadata={"help": "Side of the square that is cut out, in pixels."})
+    image_mean: float | None = field(
+        default=None, metadata={"help": "Mean of all channels; by default that of the pretrained backbone, else 0.45."}
+    )
+    image_std: float | None = field(
+        default=None, metadata={"help": "Their standard deviation; by default the backbone's, else 0.225."}
+    )
     num_workers: int = field(default=2, metadata={"help": "Processes that read videos, a training process."})
 
 

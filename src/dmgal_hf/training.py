@@ -36,6 +36,7 @@ logger = get_logger(__name__)
 def build_model(model: ModelArguments, data: DataArguments) -> tuple[DmgalModel, DmgalVideoProcessor]:
     """The model to train and its processor; a pretrained backbone brings its own normalisation."""
     fields = {"num_frames": model.num_frames, "size": data.resize, "crop_size": data.crop_size}
+    fields |= {name: getattr(data, name) for name in ("image_mean", "image_std") if getattr(data, name) is not None}
     if model.backbone is not None:
         processor = DmgalVideoProcessor.from_pretrained(model.backbone, **fields)
         return DmgalModel.from_backbone(model.backbone, **model.config_fields()), processor
