@@ -284,35 +284,46 @@ class TrainingRun:
             loss, output = self.learner(batch)
             self.accelerator.backward(loss)
         accuracy = (output.logits.argmax(-1) == batch["labels"]).float().mean()
-        return torch.stack([loss.detach().float(), 100 * accuracy]), batch["broken"]
+        broken = torch.full_like(accuracy, len(batch["broken"]))
+        return torch.stack([loss.detach().float(), 100 * accuracy, broken]), batch["broken"]
 
     def _step(self, records: list[tuple[torch.Tensor, list[str]]]) -> dict[str, float]:
         """Updates the weights after the last backward pass of a step."""
         arguments, progress = self.arguments, self.progress
         values = self.accelerator.reduce(torch.stack([values for values, _ in records]).mean(0), "mean")
-        loss, accuracy = values.tolist()
-        self._note_broken([path for _, paths in records for path in paths])
-        record = {"loss": loss, "accuracy": accuracy, "learning_rate": self.scheduler.get_last_lr()[0]}
-        if math.isfinite(loss):
-            limit = math.inf if arguments.max_grad_norm is None else arguments.max_grad_norm
-            norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), limit)
-            record["gradient_norm"] = float(norm)
+        loss, accuracy, broken = values.tolist()
+        if broken:
+            self._note_broken([path for _, paths in records for path in paths])
+        limit = math.inf if arguments.max_grad_norm is None else arguments.max_grad_norm
+        norm = float(self.accelerator.clip_grad_norm_(self.learner.parameters(), limit))
+        record = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "gradient_norm": norm,
+        }
+        # With fp16 the gradient scaler itself leaves out steps whose gradient overflows.
+        if math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.scaler is not None):
             self.optimizer.step()
             progress.bad_in_a_row = 0
         else:
             progress.bad_steps += 1
             progress.bad_in_a_row += 1
-            logger.warning(f"The loss is {loss} after {progress.episodes} episodes: the step is left out.")
+            logger.warning(
+                f"After {progress.episodes} episodes the loss is {loss} and the norm of its gradient {norm}: "
+                "the step is left out."
+            )
         self.optimizer.zero_grad()
         self.scheduler.step()
         if progress.bad_in_a_row >= arguments.max_bad_steps:
             raise RuntimeError(
-                f"The loss was not finite in {progress.bad_in_a_row} steps in a row (max_bad_steps): lower "
+                f"Loss or gradient were not finite in {progress.bad_in_a_row} steps in a row (max_bad_steps): lower "
                 "learning_rate, set max_grad_norm, or train without mixed_precision."
             )
         return record
 
     def _note_broken(self, paths: list[str]):
+        """Names unreadable videos of any process once, and stops the run when they are too many."""
         if self.accelerator.num_processes > 1:
             paths = gather_object(paths)
         for path in dict.fromkeys(paths):
