@@ -7,6 +7,11 @@ motion_association.png, self_attention.png and cross_attention.png.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import AutoModel, AutoProcessor
+
+from dmgal_hf.arguments import parse_arguments
+from dmgal_hf.visualization import plot_cross_attention, plot_episode, plot_motion_association, plot_self_attention
+
 
 @dataclass
 class VisualizeArguments:
@@ -33,3 +38,34 @@ def list_folder(folder: Path) -> list[Path]:
     if not entries:
         raise FileNotFoundError(f"{folder} is no folder with something in it: --support holds one folder a class")
     return entries
+
+
+def main(arguments: VisualizeArguments):
+    folders = list_folder(Path(arguments.support))
+    examples = {folder.name: [str(clip) for clip in list_folder(folder)] for folder in folders}
+    model = AutoModel.from_pretrained(arguments.model).to(arguments.device)
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    episode = processor(support=examples, query=arguments.query)
+    query = episode["query_pixel_values"][0, 0]
+    frame = (len(query) - 1) // 2 if arguments.frame is None else arguments.frame
+
+    figures = {"episode": plot_episode(model, processor, episode)}
+    if model.config.paradigm == "adapter":
+        print(f"{arguments.model} has adapters, which return no attention: only the episode sheet is drawn")
+    else:
+        figures["motion_association"] = plot_motion_association(
+            model, query, frame, processor, pooled_grid=arguments.pooled_grid
+        )
+        figures["self_attention"] = plot_self_attention(model, processor, arguments.query)
+        figures["cross_attention"] = plot_cross_attention(
+            model, processor, episode, frame=frame, patch=arguments.patch
+        )
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(output / f"{name}.png", dpi=arguments.dpi)
+        print(f"wrote {output / name}.png")
+
+
+if __name__ == "__main__":
+    main(*parse_arguments((VisualizeArguments,)))

@@ -186,6 +186,8 @@ def test_from_backbone(tmp_path):
         loaded = model.backbone.state_dict()
         assert vision.keys() == loaded.keys() and all(torch.equal(vision[k], loaded[k]) for k in vision)
 
+        assert model.backbone.config._attn_implementation == "sdpa"
+
     ViTModel(BACKBONES["vit"]).save_pretrained(tmp_path / "vit")
     names = DmgalModel.from_backbone(tmp_path / "vit").state_dict()
     assert not [name for name in names if "pooler" in name]  # it would never get a gradient

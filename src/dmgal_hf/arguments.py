@@ -151,7 +151,7 @@ class TrainArguments:
 class EvaluateArguments:
     """What is evaluated."""
 
-    model: str = field(metadata={"help": "Folder or id of a checkpoint."})
+    model: str = field(metadata={"help": "Folder or id of a checkpoint, or of an image backbone (a baseline)."})
     split: str = field(default="test", metadata={"help": "Split of the dataset: train, validation or test."})
     way: int = field(default=5, metadata={"help": "Classes an episode."})
     shot: list[int] = field(default_factory=lambda: [1], metadata={"help": "Supports a class; several are allowed."})

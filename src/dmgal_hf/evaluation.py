@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from .arguments import DataArguments, EvaluateArguments
+from .configuration_dmgal import DmgalConfig
 from .data import EpisodeVideos, collate_episodes, episodes_id, load_episodes, sample_episodes
 from .data.loading import load_videos
 from .modeling_dmgal import DmgalModel
@@ -113,6 +115,9 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
     """
     What scripts/evaluate.py does: one result for every number of shots, printed and, on request, written as JSON.
 
+    A plain image backbone in place of a DMGAL checkpoint is the baseline without any training: its frames are matched
+    as they are.
+
     Raises:
         ValueError: the split does not exist, or the episodes do not fit the data.
     """
@@ -123,7 +128,11 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
         raise ValueError(f"the dataset has no split {arguments.split!r}; it has {', '.join(splits)}.")
     videos = splits[arguments.split]
     labels, names = videos["label"][:], videos.features["label"].names
-    model = DmgalModel.from_pretrained(arguments.model).to(accelerator.device)
+    if isinstance(AutoConfig.from_pretrained(arguments.model), DmgalConfig):
+        model = DmgalModel.from_pretrained(arguments.model)
+    else:
+        model = DmgalModel.from_backbone(arguments.model, paradigm="adapter").eval()
+    model.to(accelerator.device)
     processor = DmgalVideoProcessor.from_pretrained(arguments.model)
     if arguments.episodes is not None:
         lists = [({"episodes": arguments.episodes}, load_episodes(arguments.episodes, labels))]

@@ -225,7 +225,10 @@ class DmgalModel(DmgalPreTrainedModel):
             backbone = _load_backbone(backbone)
         elif hasattr(backbone, "vision_model") and hasattr(backbone.config, "vision_config"):
             backbone = backbone.vision_model
-        return cls(DmgalConfig(backbone_config=backbone.config, **kwargs), backbone=backbone)
+        attn_implementation = backbone.config._attn_implementation
+        config = DmgalConfig(backbone_config=backbone.config, **kwargs)
+        config._attn_implementation = attn_implementation  # a new config has none, and none for its parts
+        return cls(config, backbone=backbone)
 
     def train(self, mode: bool = True) -> "DmgalModel":
         """As in torch, but a frozen backbone (paradigm "adapter") stays in eval mode: only its adapters train."""

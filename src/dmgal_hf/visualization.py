@@ -1,8 +1,8 @@
 """Pictures of what a [`DmgalModel`] looks at and how it decides. Needs matplotlib: `pip install dmgal-hf[viz]`.
 
-Every function returns a `matplotlib.figure.Figure` that belongs to no window and no pyplot state: show it in a notebook
-or call its `savefig`. Frames, patches, queries and supports are numbered from 0, the patches of a frame row by row.
-Models may be in any mode and on any device; they are read in eval mode and left as they were.
+Every function returns a `matplotlib.figure.Figure` that belongs to no window and no pyplot state: show it in a
+notebook or call its `savefig`. Frames, patches, queries and supports are numbered from 0, the patches of a frame row
+by row. Models may be in any mode and on any device; they are read in eval mode and left as they were.
 """
 
 import math
@@ -31,6 +31,7 @@ except ImportError as error:
 
 HEAT = "inferno"
 BEST, OTHERS = "tab:orange", "tab:gray"
+PLATE = {"boxstyle": "round,pad=0.15", "facecolor": "black", "alpha": 0.45, "linewidth": 0}
 
 
 def plot_motion_association(
@@ -109,7 +110,7 @@ def plot_self_attention(model: DmgalModel, processor: DmgalVideoProcessor, video
     frames = _frames(processor, pixel_values[0])
 
     height, width = frames.shape[1:3]
-    figure = Figure(figsize=(1.5 * len(frames) + 0.8, 3.2 * height / width + 0.8), layout="constrained")
+    figure = Figure(figsize=(1.5 * len(frames) + 0.8, 3.0 * height / width + 0.8), layout="constrained")
     rows = figure.subplots(2, len(frames), squeeze=False)
     for t, (above, below) in enumerate(rows.T):
         _draw_frame(above, frames[t], f"frame {t}")
@@ -124,9 +125,9 @@ def plot_cross_attention(
     model: DmgalModel,
     processor: DmgalVideoProcessor,
     episode: Mapping[str, torch.Tensor],
-    frame: int,
-    patch: int,
     query: int = 0,
+    frame: int | None = None,
+    patch: int | None = None,
     label_names: Sequence[Any] | None = None,
 ) -> Figure:
     """
@@ -140,9 +141,9 @@ def plot_cross_attention(
         model ([`DmgalModel`]): with paradigm "ft" and C-MGA.
         processor ([`DmgalVideoProcessor`]): of the model.
         episode (`Mapping`): what the processor returns for `support` and `query`; of one episode.
-        frame (`int`): 0..T-1.
-        patch (`int`): 0..P-1.
         query (`int`): which of the queries, 0..Q-1.
+        frame (`int`, *optional*): 0..T-1, by default one in the middle.
+        patch (`int`, *optional*): 0..P-1, by default one in the middle of the frame.
         label_names (`Sequence`, *optional*): names of the N classes; by default those of the episode, or numbers.
 
     Returns:
@@ -153,11 +154,13 @@ def plot_cross_attention(
     """
     support, labels, query_video = _read_episode(episode, query)
     names = _class_names(episode, label_names, labels)
+    frame = (support.shape[1] - 1) // 2 if frame is None else frame
     _check_index("frame", frame, support.shape[1], "frames a video")
     with _reading(model):
         output = _run(model, support, labels, query_video)
     cross = _attention_of(model, output, "cross")
     grid = tuple(output.hidden_states[0].shape[-2:])
+    patch = grid[0] // 2 * grid[1] + grid[1] // 2 if patch is None else patch
     _check_index("patch", patch, math.prod(grid), "patches a frame")
     attention = cross[0, 0, frame, patch].float().cpu()  # (S, P)
     heat = _upsample((attention * attention.numel()).unflatten(-1, grid), support.shape[-2:])
@@ -191,7 +194,7 @@ def plot_episode(
     episode: Mapping[str, torch.Tensor],
     query: int = 0,
     label_names: Sequence[Any] | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
 ) -> Figure:
     """
     An episode sheet: the query and the supports as strips of frames, the scores of the classes, and how the frames of
@@ -207,16 +210,18 @@ def plot_episode(
         episode (`Mapping`): what the processor returns for `support` and `query`; of one episode.
         query (`int`): which of the queries, 0..Q-1.
         label_names (`Sequence`, *optional*): names of the N classes; by default those of the episode, or numbers.
-        temperature (`float`): scores are softmax(logits / temperature).
+        temperature (`float`, *optional*):
+            Scores are softmax(logits / temperature); by default `config.score_temperature` of the model.
 
     Returns:
         `Figure`: with axes labelled "query", "support s", "scores" (N bars) and "distances" (an image of shape
-        (T, K T) for K supports of the best class; the lines labelled "query to support" and "support to query" are
-        the matches, x the frame of the support).
+        (T, K T) for K supports of the best class; the lines labelled "query to support" and "support to query" hold
+        the matches, the frame of the support as x).
 
     Raises:
         ValueError: a number is out of range, or the episode lacks a tensor or is not one.
     """
+    temperature = model.config.score_temperature if temperature is None else temperature
     if not temperature > 0:
         raise ValueError(f"`temperature` is {temperature!r}; it must be more than 0")
     support, labels, query_video = _read_episode(episode, query)
@@ -229,11 +234,14 @@ def plot_episode(
     distance = cosine_distance(*features, model.config.cosine_epsilon)[0, 0].cpu()  # (K, T, T)
 
     height, width = support.shape[-2:]
-    strip = 6.5 * height / (width * support.shape[1])  # inches
-    figure = Figure(figsize=(14, max(4.6, (len(support) + 1) * (strip + 0.08) + 0.9)), layout="constrained")
+    strips = 0.6 + (len(support) + 1) * (0.1 + 6.5 * height / (width * support.shape[1]))  # inches
+    bars, matrix = 0.8 + 0.45 * len(names), 4.0
+    total = max(strips, bars + matrix)
+    figure = Figure(figsize=(14, total), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.35, 1))
     _draw_strips(left, _frames(processor, support), labels, _frames(processor, query_video), names, best)
-    above, below = right.subfigures(2, 1, height_ratios=(max(2, len(names)), 5))
+    # Beside many supports the last row stays free.
+    above, below, _ = right.subfigures(3, 1, height_ratios=(bars, matrix, total - bars - matrix + 0.01))
     _draw_scores(above.add_subplot(label="scores"), logits, temperature, names, best)
     _draw_distances(below, distance, names[best], matched=model.config.alignment == "bi_mhm")
     return figure
@@ -331,9 +339,7 @@ def _check_pooled_grid(pooled_grid: int, grid: tuple[int, int]):
         )
 
 
-def _read_episode(
-    episode: Mapping[str, torch.Tensor], query: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _read_episode(episode: Mapping[str, torch.Tensor], query: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Supports (S, T, 3, H, W), their labels (S,) and one query (T, 3, H, W)."""
     names = ("support_pixel_values", "support_labels", "query_pixel_values")
     missing = [name for name in names if name not in episode]
@@ -415,8 +421,7 @@ def _number_patches(axes: Axes, grid: tuple[int, int], size: tuple[int, int]):
     for patch in range(math.prod(grid)):
         row, column = divmod(patch, grid[1])
         centre = ((column + 0.5) * width - 0.5, (row + 0.5) * height - 0.5)
-        axes.text(*centre, patch, color="white", fontsize=7, ha="center", va="center",
-                  bbox={"boxstyle": "round,pad=0.15", "facecolor": "black", "alpha": 0.45, "linewidth": 0})  # fmt: skip
+        axes.text(*centre, patch, color="white", fontsize=7, ha="center", va="center", bbox=PLATE)
 
 
 def _draw_association(
@@ -428,8 +433,9 @@ def _draw_association(
 ) -> Figure:
     """`association` is (h, w, h, w); even is 1 / num_patches."""
     grid = tuple(association.shape[:2])
-    figure = Figure(figsize=(6.2, 5) if processor is None else (8.4, 5), layout="constrained")
-    layout = figure.add_gridspec(2, 1 if processor is None else 2, width_ratios=None if processor is None else (1, 2.2))
+    width_ratios = [2.2] if processor is None else [1, 2.2]
+    figure = Figure(figsize=(2.6 * sum(width_ratios), 5), layout="constrained")
+    layout = figure.add_gridspec(2, len(width_ratios), width_ratios=width_ratios)
     if processor is not None:
         for row, picture in enumerate(_frames(processor, pixel_values[frame : frame + 2])):
             axes = figure.add_subplot(layout[row, 0])
@@ -480,11 +486,12 @@ def _draw_scores(axes: Axes, logits: torch.Tensor, temperature: float, names: li
     bars = axes.barh(places, scores, color=[BEST if n == best else OTHERS for n in places])
     texts = [f" {score:.2f}  (logit {logit:.2f})" for score, logit in zip(scores, logits.tolist())]
     axes.bar_label(bars, texts, fontsize=8)
-    axes.set_yticks(places, [_wrap(name, 20) for name in names], parse_math=False)
+    axes.set_yticks(places, [_wrap(name, 24) for name in names], parse_math=False, fontsize=8)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.45), xticks=[0, 0.5, 1])
     axes.set_title("scores" if temperature == 1 else f"scores at temperature {temperature:g}", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.spines["bottom"].set_bounds(0, 1)
 
 
 def _draw_distances(figure: SubFigure, distance: torch.Tensor, name: str, matched: bool):
@@ -492,17 +499,15 @@ def _draw_distances(figure: SubFigure, distance: torch.Tensor, name: str, matche
     shots, num_frames = distance.shape[:2]
     axes = figure.add_subplot(label="distances")
     image = axes.imshow(distance.transpose(0, 1).flatten(1).numpy(), cmap="viridis", aspect="auto")
-    frames = np.arange(num_frames)
-    for k in range(shots):
-        if k:
-            axes.axvline(k * num_frames - 0.5, color="white", linewidth=2)
-        if matched:
-            # Only the lines of the first support go into the legend.
-            hidden = "_" if k else ""
-            nearest = distance[k].argmin(1).numpy() + k * num_frames
-            axes.plot(nearest, frames, "o", ms=11, mfc="none", mec="red", mew=1.5, label=hidden + "query to support")
-            nearest = distance[k].argmin(0).numpy()
-            axes.plot(frames + k * num_frames, nearest, "x", ms=6, c="red", mew=1.5, label=hidden + "support to query")
+    for k in range(1, shots):
+        axes.axvline(k * num_frames - 0.5, color="white", linewidth=2)
+    if matched:
+        start = np.arange(shots)[:, None] * num_frames  # of each support among the columns
+        frames = np.arange(num_frames)
+        of_query = (start + distance.argmin(2).numpy()).ravel()
+        axes.plot(of_query, np.tile(frames, shots), "ro", ms=11, mfc="none", mew=1.5, label="query to support")
+        of_support = distance.argmin(1).numpy().ravel()
+        axes.plot((start + frames).ravel(), of_support, "rx", ms=6, mew=1.5, label="support to query")
     columns = range(0, shots * num_frames, 1 if shots * num_frames <= 20 else 4)
     axes.set_xticks(columns, [column % num_frames for column in columns])
     axes.set(yticks=range(num_frames), xlabel="frame of the support", ylabel="frame of the query")
