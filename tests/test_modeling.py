@@ -281,7 +281,7 @@ def make_adapter_model(kind="clip", seed=0, adapter_config=None, **fields):
         DmgalConfig(backbone_config=BACKBONES[kind], paradigm="adapter", adapter_config=adapter_config, **fields)
     ).eval()
     for name, parameter in model.named_parameters():
-        if ".up." in name:
+        if ".up." in name or name.endswith("default.gamma"):
             torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -373,7 +373,7 @@ class TestAdapterParadigm:
         plain.save_pretrained(tmp_path / "plain")
         model = get_peft_model(plain, MgaConfig(reduction=2)).eval()
         for name, parameter in model.named_parameters():
-            if ".up." in name:
+            if ".up." in name or name.endswith("default.gamma"):
                 torch.nn.init.normal_(parameter, std=0.3)
         with torch.no_grad():
             logits = model(support_pixel_values=support, support_labels=labels, query_pixel_values=query).logits

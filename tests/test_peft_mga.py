@@ -126,7 +126,6 @@ def plain_read(motions, keys, values):
 def plain_adapter(adapter, patches, grid, num_support=None):
     """Change of the patches (B, V, T, P, D); `num_support` has one number an episode, `None` for the Smga form."""
     changes = torch.empty_like(patches)
-    gate = getattr(adapter, "gamma", 1.0)  # of Cmga-Adapters
     for b, episode in enumerate(patches):
         videos = [plain_video(adapter, video, grid) for video in episode]
         for v, (values, motions) in enumerate(videos):
@@ -136,11 +135,11 @@ def plain_adapter(adapter, patches, grid, num_support=None):
                     continue
                 mine = [m[t] for m in motions]
                 if num_support is None:
-                    y[t] += gate * plain_read(mine, mine, values[t])
+                    y[t] += adapter.gamma * plain_read(mine, mine, values[t])
                 elif v >= num_support[b]:
                     supports = videos[: num_support[b]]
                     keys = [torch.cat([s[1][g][t] for s in supports]) for g in range(len(mine))]
-                    y[t] += gate * plain_read(mine, keys, torch.cat([s[0][t] for s in supports]))
+                    y[t] += adapter.gamma * plain_read(mine, keys, torch.cat([s[0][t] for s in supports]))
             changes[b, v] = F.gelu(y) @ adapter.up.weight.T + adapter.up.bias
     return changes
 
@@ -242,10 +241,7 @@ def test_episode_facts_reach_the_layers(family):
 def test_without_facts_the_configured_frames_and_the_form_within_a_video_are_used():
     model = adapted(num_frames=4)
     smga_only = adapted(num_frames=4, cmga_layers=[])
-    state = model.state_dict()
-    (gate,) = [name for name in state if name.endswith(".gamma")]
-    state[gate].fill_(1)
-    smga_only.load_state_dict({name: tensor for name, tensor in state.items() if name != gate})
+    smga_only.load_state_dict(model.state_dict())
     videos = frames(3, 4)
     with torch.no_grad():
         torch.testing.assert_close(tokens(model, videos), tokens(smga_only, videos, num_frames=4))
