@@ -36,6 +36,7 @@ CHECKPOINT = Path(__file__).parent / "fixtures" / "checkpoint_v1"
 LOGITS = json.loads((CHECKPOINT.parent / "checkpoint_v1_logits.json").read_text())
 SOURCE = {
     "alignment.py", "configuration_dmgal.py", "configuration_mga.py", "modeling_dmgal.py", "modeling_mga.py",
+    "motion_adapters.py",
     "motion_attention.py", "video_decoding.py", "video_processing_dmgal.py",
 }  # fmt: skip
 METRICS = {

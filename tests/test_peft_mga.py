@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from dmgal_hf import modeling_mga
-from dmgal_hf.modeling_mga import CmgaAdapter, SmgaAdapter, episode_layout
+from dmgal_hf.motion_adapters import CmgaAdapter, SmgaAdapter, episode_layout
 from dmgal_hf.peft import CmgaLayer, MgaConfig, MgaModel, SmgaLayer, SupportCache
 
 SIZES = {

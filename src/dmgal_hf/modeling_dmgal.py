@@ -17,7 +17,8 @@ from transformers.utils import ModelOutput
 from .alignment import class_logits
 from .configuration_dmgal import DmgalConfig
 from .configuration_mga import MgaConfig
-from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer, MgaModel, SupportCache
+from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer, MgaModel
+from .motion_adapters import SupportCache
 from .motion_attention import CrossMotionAttention, CrossMotionKeys, SelfMotionAttention, TemporalChannelMixer
 
 # Vision towers whose last_hidden_state comes before their final norm; all others return it normalised.
