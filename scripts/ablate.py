@@ -2,7 +2,7 @@
 
 python scripts/ablate.py --config scripts/configs/motion_shapes_ft.yaml --output_dir runs/ablation [--only NAME ...]
 
-Variants that are finished under output_dir are not trained again.
+Variants that are finished under output_dir are not trained again; one that was interrupted goes on.
 """
 
 import json
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dmgal_hf.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
+from dmgal_hf.checkpoints import list_checkpoints
 from dmgal_hf.training import train
 
 # What differs from the config, by the name of the variant.
@@ -56,7 +57,8 @@ def main(data: DataArguments, model: ModelArguments, arguments: TrainArguments, 
         output_dir = Path(arguments.output_dir, name.replace(" ", "_"))
         finished = output_dir / "metrics.json"
         if not finished.exists():
-            train(data, replace(model, **changes), replace(arguments, output_dir=str(output_dir)))
+            resume = bool(list_checkpoints(output_dir))
+            train(data, replace(model, **changes), replace(arguments, output_dir=str(output_dir), resume=resume))
         results[name] = json.loads(finished.read_text())["test"]
     print("| variant | accuracy, % | episodes |\n|---|---|---|")
     for name, test in results.items():

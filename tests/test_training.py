@@ -263,6 +263,18 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"another run: learning_rate was 0\.01 and is 0\.02"):
             run(path, "--resume", "--learning_rate", "0.02")
 
+    def test_the_states_of_an_earlier_run_are_not_mixed_up_with_a_new_one(self, finished):
+        with pytest.raises(ValueError, match=r"holds the states of an earlier run: go on with --resume"):
+            run(finished[0].parent / "run.yaml")
+
+    def test_missing_split(self, config, cache_dir, tmp_path):
+        for name in ("left", "right", "up"):
+            (tmp_path / "videos" / "train" / name).mkdir(parents=True)
+            clip = next(Path(cache_dir, "plain-seed0-v1", name).glob("*.mp4"))
+            (tmp_path / "videos" / "train" / name / clip.name).write_bytes(clip.read_bytes())
+        with pytest.raises(ValueError, match=r"no split 'validation', only train"):
+            run(config("no_split", dataset="folder", videos=str(tmp_path / "videos")))
+
     def test_nothing_to_resume(self, config):
         with pytest.raises(FileNotFoundError, match=r"nothing to resume.*leave out --resume"):
             run(config("empty"), "--resume")

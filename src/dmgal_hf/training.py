@@ -21,7 +21,15 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, get_scheduler
 
 from .arguments import DataArguments, ModelArguments, TrainArguments
-from .checkpoints import Progress, StopSignal, load_checkpoint, replace_file, save_checkpoint, write_aside
+from .checkpoints import (
+    Progress,
+    StopSignal,
+    list_checkpoints,
+    load_checkpoint,
+    replace_file,
+    save_checkpoint,
+    write_aside,
+)
 from .configuration_dmgal import DmgalConfig
 from .data import ClipAugmentation, EpisodeSource, EpisodeVideos, collate_episodes, sample_episodes, seed_from
 from .data.loading import load_videos
@@ -124,6 +132,11 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
         torch.set_num_threads(arguments.cpu_threads)
     accelerator = build_accelerator(arguments)
     output_dir = Path(arguments.output_dir)
+    if list_checkpoints(output_dir) and not arguments.resume:
+        raise ValueError(
+            f"{output_dir} holds the states of an earlier run: go on with --resume, give another output_dir, or "
+            "remove that folder."
+        )
     fields = {**asdict(data), **asdict(model), **asdict(arguments)}
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -131,6 +144,12 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
     accelerator.init_trackers("dmgal", {name: str(value) for name, value in fields.items()})
     with accelerator.local_main_process_first():
         videos = load_videos(data)
+    for split in ("train", "validation", *(["test"] if arguments.test_episodes else [])):
+        if split not in videos:
+            raise ValueError(
+                f"the dataset has no split {split!r}, only {', '.join(videos)}: add it (test_episodes=0 does without a "
+                "test split)."
+            )
     run = TrainingRun(accelerator, data, model, arguments, videos, fields)
     with StopSignal(accelerator) as stop:
         run.train(stop)
