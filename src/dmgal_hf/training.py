@@ -147,8 +147,8 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
     for split in ("train", "validation", *(["test"] if arguments.test_episodes else [])):
         if split not in videos:
             raise ValueError(
-                f"the dataset has no split {split!r}, only {', '.join(videos)}: add it (test_episodes=0 does without a "
-                "test split)."
+                f"the dataset has no split {split!r}, only {', '.join(videos)}: add it (test_episodes=0 does without "
+                "a test split)."
             )
     run = TrainingRun(accelerator, data, model, arguments, videos, fields)
     with StopSignal(accelerator) as stop:
