@@ -1,6 +1,6 @@
 """scripts/benchmark.py on tiny shapes: what it reports, and that contenders agree. Never how fast anything is."""
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from dmgal_hf.arguments import parse_arguments
+from dmgal_hf.video_decoding import segment_indices
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "benchmark.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+from benchmarks import data, head, measuring  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     threads = torch.get_num_threads()
-    yield module
+    yield importlib.import_module("benchmark")
     torch.set_num_threads(threads)
 
 
@@ -28,7 +29,7 @@ def run_part(benchmark, part, tmp_path, *options):
     """The part of the JSON file; its rows by group and contender."""
     path = tmp_path / "result.json"
     argv = ["--only", part, "--small", "--repeats", "1", "--threads", "1", "--no_memory", "--json", str(path)]
-    benchmark.main(*parse_arguments((benchmark.BenchmarkArguments,), [*argv, *options]))
+    benchmark.main(*parse_arguments((measuring.BenchmarkArguments,), [*argv, *options]))
     result = json.loads(path.read_text())
     groups = result["parts"][part]["groups"]
     return result, {group["name"]: {row["name"]: row for row in group["contenders"]} for group in groups}
@@ -95,22 +96,22 @@ def test_data(benchmark, tmp_path, capsys):
 
 
 def test_wrong_frames_are_counted(benchmark, tmp_path):
-    arguments = benchmark.BenchmarkArguments(small=True, folder=str(tmp_path))
-    paths = benchmark.make_clips(benchmark.SSV2, arguments)[:2]
-    clips = [benchmark.decode_all(path) for path in paths]
-    picks = [benchmark.segment_indices(len(clip), benchmark.NUM_FRAMES) for clip in clips]
+    arguments = measuring.BenchmarkArguments(small=True, folder=str(tmp_path))
+    paths = data.make_clips(data.SSV2, arguments)[:2]
+    clips = [data.decode_all(path) for path in paths]
+    picks = [segment_indices(len(clip), measuring.NUM_FRAMES) for clip in clips]
     right = [clip[pick] for clip, pick in zip(clips, picks, strict=True)]
-    assert benchmark.compare_frames(paths, right, right)["wrong_frames"] == 0
+    assert data.compare_frames(paths, right, right)["wrong_frames"] == 0
     late = clips[1][[pick + 1 if k < 3 else pick for k, pick in enumerate(picks[1])]]
-    facts = benchmark.compare_frames(paths, [right[0], late], right)
+    facts = data.compare_frames(paths, [right[0], late], right)
     assert facts["wrong_frames"] == 3 and facts["fetched_frames"] == 16 and facts["grey_levels"] > 0
 
 
 MEASURED = """
-import runpy, sys
+import sys
 import numpy as np
-script = runpy.run_path(sys.argv[1])
-Contender, Group, Run = script["Contender"], script["Group"], script["Run"]
+sys.path.insert(0, sys.argv[1])
+from benchmarks.measuring import Contender, Group, Run, measure_memory
 
 def prepare():
     np.ones(60 << 20, np.uint8)  # freed before the call: not the call's
@@ -120,25 +121,24 @@ def prepare():
         return kept.sum() + np.ones(10 << 20, np.uint8).sum()
     return Run(call)
 
-script["PARTS"]["head"] = lambda arguments: ([Group("g", [Contender("c", prepare)])], [])
-print(script["measure_memory"]("g|c", script["BenchmarkArguments"](only=["head"])))
+print(measure_memory("g|c", [Group("g", [Contender("c", prepare)])], "cpu"))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be set back on Linux alone")
 def test_memory_is_what_the_call_adds_at_its_peak():
-    done = subprocess.run([sys.executable, "-c", MEASURED, str(SCRIPT)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(SCRIPT.parent)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == pytest.approx(40 << 20, abs=4 << 20)
 
 
 def test_memory_is_measured_in_a_process_of_its_own(benchmark):
-    arguments = benchmark.BenchmarkArguments(only=["head"], small=True, threads=1)
-    assert benchmark.memory_of_its_own_process("C-MGA alone: forward|plain PyTorch", arguments) > 0
+    arguments = measuring.BenchmarkArguments(only=["head"], small=True, threads=1)
+    assert measuring.memory_of_its_own_process("C-MGA alone: forward|plain PyTorch", arguments) > 0
     with pytest.raises(
         ValueError, match=r"must be one of .*forward\|dmgal_hf; .*, got 'C-MGA alone: forward\|nobody'"
     ):
-        benchmark.measure_memory("C-MGA alone: forward|nobody", arguments)
+        measuring.measure_memory("C-MGA alone: forward|nobody", head.head_groups(arguments)[0], "cpu")
 
 
 OFFICIAL = """
@@ -158,13 +158,13 @@ class Other(no_such_module.Base):
 
 def test_classes_of_the_reference_are_taken_alone(benchmark, tmp_path):
     (tmp_path / "DMGAL.py").write_text(OFFICIAL)
-    classes = benchmark.load_official_classes(str(tmp_path), ["mSEModule"])
+    classes = head.load_official_classes(str(tmp_path), ["mSEModule"])
     assert list(classes) == ["mSEModule"]
     assert torch.equal(classes["mSEModule"]()(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
     with pytest.raises(ValueError, match=r"has no class spa_mix_2"):
-        benchmark.load_official_classes(str(tmp_path), ["mSEModule", "spa_mix_2"])
+        head.load_official_classes(str(tmp_path), ["mSEModule", "spa_mix_2"])
     with pytest.raises(FileNotFoundError, match=r"nowhere/DMGAL\.py: give a checkout"):
-        benchmark.load_official_classes(str(tmp_path / "nowhere"), ["mSEModule"])
+        head.load_official_classes(str(tmp_path / "nowhere"), ["mSEModule"])
 
 
 @pytest.mark.parametrize(
@@ -179,4 +179,4 @@ def test_classes_of_the_reference_are_taken_alone(benchmark, tmp_path):
 )
 def test_bad_options(benchmark, argv, message):
     with pytest.raises(ValueError, match=message):
-        parse_arguments((benchmark.BenchmarkArguments,), argv)
+        parse_arguments((measuring.BenchmarkArguments,), argv)

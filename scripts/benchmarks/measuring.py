@@ -1,0 +1,206 @@
+"""Measuring contenders side by side: time in turns, memory in processes of their own."""
+
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+NUM_FRAMES = 8
+OURS = "dmgal_hf"
+PARTS = ("head", "adapter", "support", "data")
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmark.py"
+
+
+@dataclass(frozen=True)
+class BenchmarkArguments:
+    """What is measured, and how often."""
+
+    only: list[str] = field(
+        default_factory=lambda: list(PARTS), metadata={"help": f"{', '.join(PARTS)}: one or several."}
+    )
+    device: str = field(default="cpu", metadata={"help": "cpu, or cuda."})
+    repeats: int = field(default=5, metadata={"help": "Rounds that are timed, after one that is not."})
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1, metadata={"help": "Threads of torch."})
+    small: bool = field(default=False, metadata={"help": "Tiny shapes, to try the script; the figures mean nothing."})
+    memory: bool = field(default=True, metadata={"help": "Measure peak memory; each takes a process and its start."})
+    reference: str | None = field(default=None, metadata={"help": "Checkout of ReverseSuzhou/DMGAL, for head."})
+    json: str | None = field(default=None, metadata={"help": "Write everything measured into this JSON file."})
+    folder: str | None = field(default=None, metadata={"help": "Keep the made videos here; by default none stays."})
+    measure_memory: str | None = field(
+        default=None, metadata={"help": "GROUP|CONTENDER: print the bytes that its first call adds, nothing else."}
+    )
+
+    def __post_init__(self):
+        unknown = [part for part in self.only if part not in PARTS]
+        if unknown or not self.only:
+            raise ValueError(f"only must name parts out of {', '.join(PARTS)}, got {unknown or self.only}.")
+        for name in ("repeats", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if torch.device(self.device).type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}.")
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {self.device!r}, but torch sees no CUDA device: use cpu.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is timed, and the module whose dropout is off while outputs are compared."""
+
+    call: Callable[[], Any]
+    module: nn.Module | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`prepare` is not timed. The output must be that of the contender `same_as`, where one is named."""
+
+    name: str
+    prepare: Callable[[], Run]
+    same_as: str | None = None
+
+
+def relative_difference(output: Any, expected: Any) -> dict[str, Any]:
+    """
+    Norm of the difference of two tuples of tensors, relative to that of the expected one; the largest of the tuple.
+
+    Not the largest difference: rounding tips a few of millions of ReLUs over, and their gradients are another then.
+    """
+    pairs = [(a.detach().float(), b.detach().float()) for a, b in zip(output, expected, strict=True)]
+    return {"difference": max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contenders to be measured side by side; ratios are to the first."""
+
+    name: str
+    contenders: list[Contender]
+    memory: bool = True
+    compare: Callable[[Any, Any], dict[str, Any]] = relative_difference
+
+
+# Measuring
+
+
+def measure_group(group: Group, arguments: BenchmarkArguments) -> dict[str, Any]:
+    runs = {contender.name: contender.prepare() for contender in group.contenders}
+    outputs = {}
+    for name, run in runs.items():  # also the round that is not timed
+        with without_dropout(run.module):
+            outputs[name] = run.call()
+    facts = {
+        one.name: group.compare(outputs[one.name], outputs[one.same_as]) if one.same_as else {}
+        for one in group.contenders
+    }
+    del outputs
+    seconds = time_interleaved({name: run.call for name, run in runs.items()}, arguments)
+    first = group.contenders[0].name
+    rows = []
+    for name, run in runs.items():
+        ratio = statistics.median(mine / base for mine, base in zip(seconds[name], seconds[first]))
+        row = {"name": name, "median_seconds": statistics.median(seconds[name]), "seconds": seconds[name]}
+        rows.append({**row, "time_ratio": ratio, **facts[name], "note": run.note})
+    del runs
+    gc.collect()
+    if group.memory and arguments.memory:
+        for row in rows:
+            row["peak_bytes"] = memory_of_its_own_process(f"{group.name}|{row['name']}", arguments)
+        for row in rows:
+            row["memory_ratio"] = row["peak_bytes"] / max(rows[0]["peak_bytes"], 1)
+    return {"name": group.name, "baseline": first, "contenders": rows}
+
+
+def time_interleaved(calls: dict[str, Callable[[], Any]], arguments: BenchmarkArguments) -> dict[str, list[float]]:
+    seconds = {name: [] for name in calls}
+    names = list(calls)
+    for round_number in range(arguments.repeats):
+        shift = round_number % len(names)  # nobody always follows the same one
+        for name in names[shift:] + names[:shift]:
+            gc.collect()
+            synchronize(arguments.device)
+            start = time.perf_counter()
+            calls[name]()
+            synchronize(arguments.device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def without_dropout(module: nn.Module | None) -> Iterator[None]:
+    layers = [] if module is None else [layer for layer in module.modules() if isinstance(layer, nn.Dropout)]
+    before = [layer.p for layer in layers]
+    try:
+        for layer in layers:
+            layer.p = 0.0
+        yield
+    finally:
+        for layer, p in zip(layers, before):
+            layer.p = p
+
+
+def memory_of_its_own_process(case: str, arguments: BenchmarkArguments) -> int:
+    command = [sys.executable, str(SCRIPT), "--measure_memory", case, "--device", arguments.device]
+    command += ["--threads", str(arguments.threads), "--only", *arguments.only]
+    command += ["--small"] if arguments.small else []
+    for name in ("reference", "folder"):
+        if getattr(arguments, name) is not None:
+            command += [f"--{name}", getattr(arguments, name)]
+    # With a fixed threshold glibc returns freed tensors at once; else what the preparation freed would hide the rest.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the process that measures the memory of {case!r} failed:\n{done.stderr}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def measure_memory(case: str, groups: list[Group], device: str) -> int:
+    """Bytes that the first call of one contender adds at its peak; run it in a fresh process."""
+    cases = {f"{group.name}|{contender.name}": contender for group in groups for contender in group.contenders}
+    if case not in cases:
+        raise ValueError(f"measure_memory must be one of {'; '.join(cases)}, got {case!r}.")
+    call = cases[case].prepare().call
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    before = _reset_peak_resident()
+    call()
+    return max(_peak_resident() - before, 0)
+
+
+def _reset_peak_resident() -> int:
+    """Bytes resident now, from which the peak is counted anew where the system can do so."""
+    if not os.path.exists("/proc/self/clear_refs"):
+        return _peak_resident()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak_resident()
+
+
+def _peak_resident() -> int:
+    if os.path.exists("/proc/self/status"):
+        # Not getrusage: on Linux a new process starts with the peak of the one that started it.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
