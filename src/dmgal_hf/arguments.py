@@ -63,7 +63,7 @@ class ModelArguments:
     alignment: str = field(default="bi_mhm", metadata={"help": "bi_mhm, otam or mean."})
     frame_pooling: str = field(default="mean", metadata={"help": "mean or cls."})
     adapter_config: dict | str | None = field(
-        default=None, metadata={"help": "Fields of MgaConfig for paradigm adapter, as YAML or JSON; {} for defaults."}
+        default=None, metadata={"help": "Adapters of paradigm adapter, as YAML or JSON; see DmgalConfig."}
     )
 
     def __post_init__(self):

@@ -206,20 +206,29 @@ class TrainingRun:
         network, self.processor = build_model(model, data)
         if arguments.gradient_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
-        num_classes = videos["train"].features["label"].num_classes
-        learner = EpisodeLearner(network, self.processor, num_classes, arguments.class_loss_weight)
-        if arguments.torch_compile:
-            network.compile()
         self.network = network
+        self.num_trainable = sum(one.numel() for one in network.parameters() if one.requires_grad)
+        self.progress = Progress(arguments=fields)
+        if self.num_trainable:
+            self._prepare_training()
+        else:
+            network.to(accelerator.device)
+
+    def _prepare_training(self):
+        """Optimizer, schedule and what accelerate makes of them; continues the state of an earlier run on request."""
+        accelerator, arguments = self.accelerator, self.arguments
+        num_classes = self.videos["train"].features["label"].num_classes
+        learner = EpisodeLearner(self.network, self.processor, num_classes, arguments.class_loss_weight)
+        if arguments.torch_compile:
+            self.network.compile()
         optimizer = build_optimizer(learner, arguments)
         self.learner, self.optimizer = accelerator.prepare(learner, optimizer)
         steps = arguments.num_episodes // arguments.episodes_per_step
         self.scheduler = get_scheduler(
             arguments.lr_scheduler, self.optimizer.optimizer, round(arguments.warmup_ratio * steps), steps
         )
-        self.progress = Progress(arguments=fields)
         if arguments.resume:
-            self.progress = load_checkpoint(accelerator, self.output_dir, fields)
+            self.progress = load_checkpoint(accelerator, self.output_dir, self.progress.arguments)
             self.scheduler.load_state_dict(self.progress.scheduler)
 
     def _episode_list(self, split: str, number: int) -> Dataset:
@@ -257,6 +266,11 @@ class TrainingRun:
     def train(self, stop: StopSignal):
         """Runs the training episodes that are left, validating and saving along the way."""
         arguments, progress = self.arguments, self.progress
+        if not self.num_trainable:
+            self.accelerator.print(
+                "This model has nothing to train (a frozen backbone without adapters): it is tested."
+            )
+            return self._validate()
         bar = tqdm(
             total=arguments.num_episodes,
             initial=progress.episodes,
@@ -375,10 +389,11 @@ class TrainingRun:
             self.network, self.processor, self.videos["validation"], self.validation, self.accelerator,
             self.num_workers, "Validating",
         )  # fmt: skip
-        self.learner.train()
         accuracy, progress = metrics["accuracy"], self.progress
         self.accelerator.log({"validation_accuracy": accuracy}, step=progress.episodes)
-        progress.history[-1]["validation_accuracy"] = accuracy
+        if self.num_trainable:
+            self.learner.train()
+            progress.history[-1]["validation_accuracy"] = accuracy
         if self.accelerator.is_main_process:
             tqdm.write(
                 f"episode {progress.episodes}: validation accuracy {accuracy:.1f} ± "
@@ -389,11 +404,13 @@ class TrainingRun:
             self._save_model(self.output_dir / "best")
 
     def _save_model(self, folder: Path):
-        state = {
-            name.removeprefix("model."): tensor
-            for name, tensor in self.accelerator.get_state_dict(self.learner).items()
-            if name.startswith("model.")
-        }
+        state = None
+        if self.num_trainable:
+            state = {
+                name.removeprefix("model."): tensor
+                for name, tensor in self.accelerator.get_state_dict(self.learner).items()
+                if name.startswith("model.")
+            }
         with write_aside(folder, self.accelerator) as aside:
             if self.accelerator.is_main_process:
                 self.network.save_pretrained(aside, state_dict=state)
@@ -410,6 +427,7 @@ class TrainingRun:
             "training": {
                 "episodes": progress.episodes,
                 "best_episodes": progress.best_episodes,
+                "trainable_parameters": self.num_trainable,
                 "bad_steps": progress.bad_steps,
                 "broken_videos": progress.broken,
                 "history": progress.history,
