@@ -438,10 +438,7 @@ class TrainingRun:
                 self._validate()
 
     def _validate(self):
-        metrics = evaluate_episodes(
-            self.learner, self.processor, self.videos["validation"], self.validation, self.accelerator,
-            self.num_workers, "Validating",
-        )  # fmt: skip
+        metrics = self._evaluate(self.learner, "validation", self.validation, "Validating")
         accuracy, progress = metrics["accuracy"], self.progress
         self.accelerator.log({"validation_accuracy": accuracy}, step=progress.episodes)
         if self.num_trainable:
@@ -456,6 +453,12 @@ class TrainingRun:
             self._save_model(self.output_dir / "best")
             progress.best_accuracy, progress.best_episodes = accuracy, progress.episodes
         progress.validation_due = False
+
+    def _evaluate(self, model: nn.Module, split: str, episodes: Dataset, description: str) -> dict[str, Any]:
+        return evaluate_episodes(
+            model, self.processor, self.videos[split], episodes, self.accelerator, self.num_workers,
+            self.arguments.episodes_per_forward, description,
+        )  # fmt: skip
 
     def _save_model(self, folder: Path):
         # Of a class of its own: FSDP gives the network in training another, whose source would be saved beside it.
@@ -498,9 +501,7 @@ class TrainingRun:
                 "shot": arguments.shot,
                 "query": arguments.test_query,
                 "seed": arguments.seed,
-                **evaluate_episodes(
-                    network, self.processor, self.videos["test"], episodes, accelerator, self.num_workers, "Testing"
-                ),
+                **self._evaluate(network, "test", episodes, "Testing"),
             }
         if accelerator.is_main_process:
             replace_file(self.output_dir / "metrics.json", json.dumps(metrics, indent=2))
