@@ -5,7 +5,8 @@ medians, and the median of each round's ratio to the first contender of the grou
 what rests in memory before it, each contender in a process of its own. Where contenders compute the same thing, their
 outputs are compared before the clock runs.
 
-Parts: head (S-MGA, mixer, C-MGA), adapter (MGA in a frozen ViT), support (kept supports), data (frames, cache, lists).
+Parts: head (S-MGA, mixer, C-MGA), adapter (MGA in a frozen ViT), support (kept supports), data (frames, cache, lists),
+train (steps of training in processes of accelerate).
 Contenders that are not installed are named at the end: decord, torchcodec, and the authors' modules, which
 `--reference DIR` takes from a checkout of their repository. The code in that checkout is run.
 """
@@ -26,10 +27,17 @@ from benchmarks.data import data_groups
 from benchmarks.head import head_groups
 from benchmarks.measuring import BenchmarkArguments, measure_group, measure_memory
 from benchmarks.support import support_groups
+from benchmarks.train import train_groups
 from dmgal_hf.arguments import parse_arguments
 
-LIBRARIES = ("torch", "transformers", "peft", "datasets", "av", "numpy", "decord", "torchcodec")
-GROUPS = {"head": head_groups, "adapter": adapter_groups, "support": support_groups, "data": data_groups}
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "av", "numpy", "decord", "torchcodec")
+GROUPS = {
+    "head": head_groups,
+    "adapter": adapter_groups,
+    "support": support_groups,
+    "data": data_groups,
+    "train": train_groups,
+}
 
 
 def describe_environment(arguments: BenchmarkArguments) -> dict[str, Any]:
@@ -92,6 +100,11 @@ def format_facts(row: dict[str, Any]) -> str:
         facts.append(f"WRONG: {row['wrong_frames']} of {row['fetched_frames']} are other frames")
     elif "wrong_frames" in row:
         facts.append(f"right frames, at most {row['grey_levels']:.0f} grey levels apart")
+    if "episodes_per_second" in row:
+        facts.append(f"{row['episodes_per_second']:.3g} episodes/s, {row['memory_gib']:.2f} GiB a process")
+        facts.append(f"{row['flops_per_second'] / 1e12:.3g} TFLOP/s")
+    if "utilisation" in row:
+        facts.append(f"{row['utilisation']:.1%} of the bf16 peak")
     return "; ".join(facts)
 
 
