@@ -95,6 +95,17 @@ def test_data(benchmark, tmp_path, capsys):
     assert groups["data loader over episodes"]["2 workers"]["difference"] == 0
 
 
+def test_train(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "train", tmp_path)
+    check_structure(result, "train", capsys.readouterr().out)
+    ((one, two),) = [rows.values() for rows in groups.values()]
+    for row in (one, two):  # a step has two episodes, whoever computes them
+        assert row["episodes_per_second"] == pytest.approx(2 / row["median_seconds"])
+        assert row["memory_gib"] > 0
+    work = [row["flops_per_second"] * row["median_seconds"] for row in (one, two)]
+    assert work[0] == pytest.approx(work[1]) and work[0] > 1e6
+
+
 def test_wrong_frames_are_counted(benchmark, tmp_path):
     arguments = measuring.BenchmarkArguments(small=True, folder=str(tmp_path))
     paths = data.make_clips(data.SSV2, arguments)[:2]
@@ -170,7 +181,7 @@ def test_classes_of_the_reference_are_taken_alone(benchmark, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--only", "heads"], r"only must name parts out of head, adapter, support, data, got \['heads'\]"),
+        (["--only", "heads"], r"only must name parts out of head, adapter, support, data, train, got \['heads'\]"),
         (["--repeats", "0"], "repeats must be at least 1, got 0"),
         (["--threads", "-1"], "threads must be at least 1, got -1"),
         (["--device", "mps"], "device must be cpu or cuda, got 'mps'"),

@@ -128,7 +128,8 @@ def prepare_training(arguments: BenchmarkArguments, fields: dict[str, Any], step
 
 def cpu_groups(arguments: BenchmarkArguments) -> list[Group]:
     groups = []
-    for paradigm, title in (("ft", "DMGAL-FT, a small ResNet"), ("adapter", "DMGAL-Adapter, a small ViT")):
+    titles = {"ft": "DMGAL-FT, a small ResNet", "adapter": "DMGAL-Adapter, a small ViT"}
+    for paradigm in ("ft",) if arguments.small else titles:
         fields = {"paradigm": paradigm, "num_frames": 8, "query": 3, **SHAPES[paradigm]}
         steps, episodes = 6, 4
         if arguments.small:
@@ -138,7 +139,7 @@ def cpu_groups(arguments: BenchmarkArguments) -> list[Group]:
             Contender(name, functools.partial(prepare_training, arguments, fields, steps, processes))
             for name, processes in (("one process", 1), ("two processes", 2))
         ]
-        title = f"{title}: {steps} steps of {episodes} episodes, one thread a process"
+        title = f"{titles[paradigm]}: {steps} steps of {episodes} episodes, one thread a process"
         groups.append(Group(title, contenders, memory=False))
     return groups
 
