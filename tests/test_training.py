@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from datasets import concatenate_datasets
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
@@ -366,6 +367,14 @@ class TestBadInput:
             (tmp_path / "videos" / "train" / name / clip.name).write_bytes(clip.read_bytes())
         with pytest.raises(ValueError, match=r"no split 'validation', only train"):
             run(config("no_split", dataset="folder", videos=str(tmp_path / "videos")))
+
+    def test_a_tracker_that_is_not_installed(self, config):
+        installed = set(map(str, get_available_trackers()))
+        name = next((name for name in ("tensorboard", "wandb", "trackio") if name not in installed), None)
+        if name is None:
+            pytest.skip("all trackers are installed")
+        with pytest.raises(ValueError, match=f"report_to='{name}' is not installed"):
+            run(config("untracked"), "--report_to", name)
 
     def test_nothing_to_resume(self, config):
         with pytest.raises(FileNotFoundError, match=r"nothing to resume.*leave out --resume"):

@@ -174,7 +174,7 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
 
 def build_accelerator(arguments: TrainArguments) -> Accelerator:
     """The accelerator of a run: it accumulates so that a step has `episodes_per_step` episodes over all processes."""
-    if arguments.report_to != "none" and arguments.report_to not in get_available_trackers():
+    if arguments.report_to != "none" and arguments.report_to not in map(str, get_available_trackers()):
         raise ValueError(
             f"report_to={arguments.report_to!r} is not installed: `pip install {arguments.report_to}`, or use none."
         )
