@@ -5,12 +5,13 @@ import os
 from typing import Any
 
 import torch
-from peft import inject_adapter_in_model
+from peft import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .configuration_mga import read_adapter_config
+from .configuration_mga import MgaConfig, read_adapter_config
+from .modeling_mga import MgaModel
 
 
 def _backbone_class(backbone_config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dict]:
@@ -54,8 +55,15 @@ def add_adapters(backbone: PreTrainedModel, adapter_config: dict[str, Any]) -> d
     """
     if "budget" in adapter_config:
         adapter_config = _spend_budget(backbone.config, adapter_config)
-    inject_adapter_in_model(read_adapter_config(adapter_config), backbone)
+    _inject(backbone, adapter_config)
     return adapter_config
+
+
+def _inject(backbone: PreTrainedModel, adapter_config: dict[str, Any]):
+    config = read_adapter_config(adapter_config)
+    # Not the class that peft knows by the name: that may be another copy of ours, as when checkpoints bring their own.
+    tuner_class = MgaModel if isinstance(config, MgaConfig) else LoraModel
+    tuner_class(backbone, config, "default")
 
 
 def _spend_budget(backbone_config: PreTrainedConfig, adapter_config: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +82,8 @@ def _spend_budget(backbone_config: PreTrainedConfig, adapter_config: dict[str, A
 def _count_parameters(backbone_config: PreTrainedConfig, adapter_config: dict[str, Any]) -> int:
     """Trainable parameters of adapters, found without memory for them."""
     with torch.device("meta"):
-        backbone = inject_adapter_in_model(read_adapter_config(adapter_config), build_backbone(backbone_config))
+        backbone = build_backbone(backbone_config)
+        _inject(backbone, adapter_config)
     return sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
 
 
