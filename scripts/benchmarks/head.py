@@ -42,8 +42,8 @@ class Head(nn.Module):
         return self.cross(support, query)
 
     def cross(self, support: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        maps, keys = self.cross_attention.encode_support(support[None])
-        return maps[0].mean((-1, -2)), self.cross_attention.describe(query[None], keys)[0][0]
+        descriptors, keys = self.cross_attention.encode_support(support[None])
+        return descriptors[0], self.cross_attention.describe(query[None], keys)[0][0]
 
     def cross_all_maps(self, support: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole new maps of the queries, as the equations have them, and their mean afterwards."""

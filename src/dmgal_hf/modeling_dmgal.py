@@ -391,7 +391,7 @@ class DmgalModel(DmgalPreTrainedModel):
         maps, attentions["query_self"], hidden_states = self._encode_videos(query_maps)
         if self.cross_attention is not None:
             keys = CrossMotionKeys(support.states["cross.motion"], support.states["cross.values"])
-            query_features, attentions["cross"] = self.cross_attention.describe(maps, keys)
+            query_features, attentions["cross"] = self.cross_attention.describe(maps, keys, output_attentions)
         else:
             query_features = maps.mean((-1, -2))
         logits = self._match(query_features, support.features, support.labels, support.way)
@@ -419,10 +419,12 @@ class DmgalModel(DmgalPreTrainedModel):
         maps, attention, _ = self._encode_videos(self._video_maps(pixel_values, cache))
         states = cache.tensors()
         if self.cross_attention is not None:
-            maps, keys = self.cross_attention.encode_support(maps)
+            features, keys = self.cross_attention.encode_support(maps)
             states |= {"cross.motion": keys.motion, "cross.values": keys.values}
+        else:
+            features = maps.mean((-1, -2))
         way = int(labels.max()) + 1
-        return DmgalSupport(maps.mean((-1, -2)), labels, way, states), attention
+        return DmgalSupport(features, labels, way, states), attention
 
     def _video_maps(self, pixel_values: torch.Tensor, cache: SupportCache) -> torch.Tensor:
         """
