@@ -1,39 +1,66 @@
-"""Trains one variant after the other with the same seed and budget, and prints their novel-class accuracy as markdown.
+"""Trains one variant after the other with the same seeds and budget, and prints their novel-class accuracy.
 
 python scripts/ablate.py --config scripts/configs/motion_shapes_ft.yaml --output_dir runs/ablation [--only NAME ...]
+
+The markdown table is also written into output_dir/table.md.
 
 Variants that are finished under output_dir are not trained again; one that was interrupted goes on.
 """
 
 import json
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
 
 from dmgal_hf.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
 from dmgal_hf.checkpoints import list_checkpoints
+from dmgal_hf.configuration_mga import MgaConfig
 from dmgal_hf.training import train
 
-# What differs from the config, by the name of the variant.
+# What differs from the config, by the name of the variant: fields of ModelArguments.
 FT_VARIANTS = {
     "full": {},
     "no S-MGA": {"self_motion_attention": False},
     "no mixer": {"mixer": False},
     "no C-MGA": {"cross_motion_attention": False},
+    "S-MGA alone": {"mixer": False, "cross_motion_attention": False},
     "mixer alone": {"self_motion_attention": False, "cross_motion_attention": False},
+    "C-MGA alone": {"self_motion_attention": False, "mixer": False},
     "none of the three": {"motion_attention": False},
     "forward motion alone": {"motion_directions": "forward"},
     "backward motion alone": {"motion_directions": "backward"},
     "one scale": {"motion_scales": []},
+    "half scale added": {"motion_scales": ["half"]},
+    "full scale added": {"motion_scales": ["full"]},
     "OTAM": {"alignment": "otam"},
     "mean prototypes": {"alignment": "mean"},
+    "none of the three, OTAM": {"motion_attention": False, "alignment": "otam"},
+    "none of the three, mean prototypes": {"motion_attention": False, "alignment": "mean"},
 }
+# The same; adapter_config is merged into the config's.
 ADAPTER_VARIANTS = {
     "both": {},
-    "Smga alone": {"cmga_layers": []},
-    "Cmga alone": {"smga_layers": []},
-    "values without attention": {"attention": False},
-    "forward motion alone": {"directions": "forward"},
-    "backward motion alone": {"directions": "backward"},
+    "Smga alone": {"adapter_config": {"cmga_layers": []}},
+    "Cmga alone": {"adapter_config": {"smga_layers": []}},
+    "values without attention": {"adapter_config": {"attention": False}},
+    "forward motion alone": {"adapter_config": {"directions": "forward"}},
+    "backward motion alone": {"adapter_config": {"directions": "backward"}},
+    "Smga in the first block alone": {"adapter_config": {"smga_layers": [0], "cmga_layers": []}},
+    "the last two blocks alone": {"adapter_config": {"smga_layers": [-2], "cmga_layers": [-1]}},
+    "Cmga in the first block": {"adapter_config": {"cmga_layers": [0]}},
+    "Cmga in the last two blocks": {"adapter_config": {"cmga_layers": [-2, -1]}},
+    "class token": {"frame_pooling": "cls"},
+    "mean of the patches": {"frame_pooling": "mean"},
+    "OTAM": {"alignment": "otam"},
+    "mean prototypes": {"alignment": "mean"},
+    "LoRA of equal size": {"adapter_config": "LORA"},
+    "frozen backbone": {"adapter_config": None},
+    "frozen backbone, OTAM": {"adapter_config": None, "alignment": "otam"},
+    "frozen backbone, mean prototypes": {"adapter_config": None, "alignment": "mean"},
 }
 
 
@@ -42,27 +69,95 @@ class AblationArguments:
     """Which variants."""
 
     only: list[str] | None = field(default=None, metadata={"help": "Names of variants; by default all."})
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "One run of every variant a seed, in place of seed."}
+    )
+    backbones: list[str] = field(
+        default_factory=list,
+        metadata={"help": "A variant more each: id or folder of a pretrained backbone, or the YAML of a random one."},
+    )
+
+
+def list_variants(model: ModelArguments, backbones: list[str]) -> dict[str, dict[str, Any]]:
+    """Variants of a config by name, without those that are what it says anyway."""
+    variants = dict(ADAPTER_VARIANTS if model.paradigm == "adapter" else FT_VARIANTS)
+    if model.backbone_config is not None and "depths" in model.backbone_config:
+        deeper = [depth + 1 for depth in model.backbone_config["depths"]]
+        variants["a block more in every stage"] = {"backbone_config": {**model.backbone_config, "depths": deeper}}
+    if (model.backbone_config or {}).get("model_type") == "resnet" and "hidden_sizes" in model.backbone_config:
+        sizes = {name: model.backbone_config[name] for name in ("hidden_sizes", "depths")}
+        sizes["num_stages"] = len(sizes["depths"])
+        variants["ConvNeXt backbone"] = {"backbone_config": {"model_type": "convnext", **sizes}}
+    for backbone in backbones:
+        value = yaml.safe_load(backbone)
+        random = isinstance(value, dict)
+        variants[f"backbone {backbone}"] = {
+            "backbone": None if random else backbone,
+            "backbone_config": value if random else None,
+        }
+    return {
+        name: changes for name, changes in variants.items() if not changes or change_model(model, changes) != model
+    }
+
+
+def change_model(model: ModelArguments, changes: dict[str, Any]) -> ModelArguments:
+    """The model of a variant."""
+    adapters = changes.get("adapter_config")
+    if adapters == "LORA":
+        budget = {one.name for one in fields(MgaConfig)} & (model.adapter_config or {}).keys()
+        adapters = {"peft_type": "LORA", "budget": {name: model.adapter_config[name] for name in budget}}
+    elif adapters is not None:
+        adapters = {**(model.adapter_config or {}), **adapters}
+    return replace(model, **changes | ({"adapter_config": adapters} if "adapter_config" in changes else {}))
+
+
+def run_variant(data: DataArguments, model: ModelArguments, arguments: TrainArguments) -> dict[str, Any]:
+    """The metrics of a run, trained now or before."""
+    output_dir = Path(arguments.output_dir)
+    finished = output_dir / "metrics.json"
+    if not finished.exists():
+        train(data, model, replace(arguments, resume=bool(list_checkpoints(output_dir))))
+    return json.loads(finished.read_text())
+
+
+def format_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
+    """
+    Markdown; `results` has the metrics of every seed by variant. The interval is that of the mean over the episodes of
+    all seeds; it does not hold how much training itself varies, which the accuracies of the single seeds show.
+    """
+    by_seed = len(seeds) > 1
+    lines = [f"| variant | trainable parameters | accuracy, % |{' by seed |' if by_seed else ''} episodes |"]
+    lines.append("|---|---|---|---|---|" if by_seed else "|---|---|---|---|")
+    for name, runs in results.items():
+        tests = [run["test"] for run in runs]
+        accuracy = sum(test["accuracy"] for test in tests) / len(tests)
+        interval = math.hypot(*(test["confidence_interval"] for test in tests)) / len(tests)
+        cells = [name, f"{runs[0]['training']['trainable_parameters']:,}", f"{accuracy:.1f} ± {interval:.1f}"]
+        cells += [", ".join(f"{test['accuracy']:.1f}" for test in tests)] if by_seed else []
+        lines.append(f"| {' | '.join([*cells, str(sum(test['num_episodes'] for test in tests))])} |")
+    return "\n".join(lines)
 
 
 def main(data: DataArguments, model: ModelArguments, arguments: TrainArguments, ablation: AblationArguments):
-    adapter = model.paradigm == "adapter"
-    variants = ADAPTER_VARIANTS if adapter else FT_VARIANTS
+    variants = list_variants(model, ablation.backbones)
     names = list(variants) if ablation.only is None else ablation.only
     unknown = [name for name in names if name not in variants]
     if unknown:
         raise ValueError(f"there is no variant {unknown[0]!r}; there are {', '.join(variants)}.")
-    results = {}
-    for name in names:
-        changes = {"adapter_config": {**model.adapter_config, **variants[name]}} if adapter else variants[name]
-        output_dir = Path(arguments.output_dir, name.replace(" ", "_"))
-        finished = output_dir / "metrics.json"
-        if not finished.exists():
-            resume = bool(list_checkpoints(output_dir))
-            train(data, replace(model, **changes), replace(arguments, output_dir=str(output_dir), resume=resume))
-        results[name] = json.loads(finished.read_text())["test"]
-    print("| variant | accuracy, % | episodes |\n|---|---|---|")
-    for name, test in results.items():
-        print(f"| {name} | {test['accuracy']:.1f} ± {test['confidence_interval']:.1f} | {test['num_episodes']} |")
+    if not arguments.test_episodes:
+        raise ValueError("test_episodes must be at least 1 to compare variants, got 0.")
+    seeds = ablation.seeds or [arguments.seed]
+    models = {name: change_model(model, variants[name]) for name in names}  # all of them, before hours of training
+    results = {name: [] for name in names}
+    for seed in seeds:
+        for name in names:
+            folder = Path(arguments.output_dir, name.replace(" ", "_").replace("/", "_"), f"seed_{seed}")
+            run = run_variant(data, models[name], replace(arguments, seed=seed, output_dir=str(folder)))
+            results[name].append(run)
+    if PartialState().is_main_process:
+        table = format_table(results, seeds)
+        Path(arguments.output_dir, "table.md").write_text(table + "\n")
+        print(table)
 
 
 if __name__ == "__main__":

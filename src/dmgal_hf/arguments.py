@@ -63,7 +63,7 @@ class ModelArguments:
     alignment: str = field(default="bi_mhm", metadata={"help": "bi_mhm, otam or mean."})
     frame_pooling: str = field(default="mean", metadata={"help": "mean or cls."})
     adapter_config: dict | str | None = field(
-        default=None, metadata={"help": "Fields of MgaConfig for paradigm adapter, as YAML or JSON; {} for defaults."}
+        default=None, metadata={"help": "Adapters of paradigm adapter, as YAML or JSON; see DmgalConfig."}
     )
 
     def __post_init__(self):
@@ -145,6 +145,9 @@ class TrainArguments:
             )
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer must be adamw or sgd, got {self.optimizer!r}.")
+        if self.report_to not in ("tensorboard", "wandb", "trackio", "none"):
+            raise ValueError(f"report_to must be tensorboard, wandb, trackio or none, got {self.report_to!r}.")
+        _check_precision(self.mixed_precision)
 
 
 @dataclass
@@ -161,8 +164,20 @@ class EvaluateArguments:
     episodes: str | None = field(
         default=None, metadata={"help": "Folder, file or id of an episode list, in place of the five fields above."}
     )
+    episodes_per_forward: int = field(default=1, metadata={"help": "Episodes a forward pass of a process."})
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
     json: str | None = field(default=None, metadata={"help": "File for the results."})
+
+    def __post_init__(self):
+        for name in ("way", "query", "num_episodes", "episodes_per_forward"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        _check_precision(self.mixed_precision)
+
+
+def _check_precision(mixed_precision: str):
+    if mixed_precision not in ("no", "fp16", "bf16"):
+        raise ValueError(f"mixed_precision must be no, fp16 or bf16, got {mixed_precision!r}.")
 
 
 def parse_arguments(

@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 PROGRESS_FILE = "progress.json"
@@ -33,6 +33,7 @@ class Progress:
         best_episodes (`int`): when it was reached.
         bad_steps (`int`): steps left out because of a loss that was not finite.
         bad_in_a_row (`int`): the last of them without a good one between.
+        validation_due (`bool`): whether these weights are still to be validated.
         broken (`list[str]`): unreadable training videos, by path.
         history (`list[dict]`): losses and accuracies along the way.
         arguments (`dict`): fields of the run, to be compared on resuming.
@@ -44,6 +45,7 @@ class Progress:
     best_episodes: int = 0
     bad_steps: int = 0
     bad_in_a_row: int = 0
+    validation_due: bool = False
     broken: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -78,7 +80,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progre
         if accelerator.is_main_process:
             (aside / PROGRESS_FILE).write_text(json.dumps(asdict(progress)))
     if accelerator.is_main_process:
-        for old in list_checkpoints(output_dir)[:-keep]:
+        left_behind = (output_dir / "checkpoints").glob(".episode-*")  # by a run that was killed while it saved
+        for old in (*list_checkpoints(output_dir)[:-keep], *left_behind):
             shutil.rmtree(old)
 
 
@@ -92,7 +95,7 @@ def load_checkpoint(accelerator: Accelerator, output_dir: Path, arguments: dict[
     Puts the newest resumable state into what `accelerator` has prepared.
 
     Raises:
-        FileNotFoundError: there is none, or a file of it is missing.
+        FileNotFoundError: there is none, or a file of it or the best model so far is missing.
         ValueError: it belongs to a run with other arguments; the differing fields are named.
     """
     checkpoints = list_checkpoints(output_dir)
@@ -102,6 +105,12 @@ def load_checkpoint(accelerator: Accelerator, output_dir: Path, arguments: dict[
     if not (folder / PROGRESS_FILE).is_file():
         raise FileNotFoundError(f"{folder} lacks {PROGRESS_FILE}: remove that folder to resume from an older state")
     progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+    best, old = output_dir / "best", output_dir / ".best.old"
+    with accelerator.main_process_first():
+        if old.exists() and not best.exists():  # killed while a better one took its place
+            old.rename(best)
+    if progress.best_accuracy >= 0 and not best.is_dir():
+        raise FileNotFoundError(f"{best} is missing, the best model of this run: put it back, or train anew.")
     here = json.loads(json.dumps(arguments))
     differing = [
         f"{name} was {progress.arguments.get(name)!r} and is {here.get(name)!r}"
@@ -121,16 +130,21 @@ def load_checkpoint(accelerator: Accelerator, output_dir: Path, arguments: dict[
 
 class StopSignal:
     """
-    Turns SIGTERM and Ctrl-C into a request that the training loop honours after its step. A second Ctrl-C is not held
-    back.
+    Turns SIGTERM and Ctrl-C into a request that the training loop honours after its step, and at once where the state
+    is saved already. A second Ctrl-C is not held back.
+
+    Attributes:
+        agreed (`int`): the signal that any process had received when the processes last compared, 0 if none.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.received = 0
+    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.received = self.agreed = 0
+        self._at_once = False
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {number: signal.signal(number, self._note) for number in self.NUMBERS}
         return self
 
     def __exit__(self, *_):
@@ -138,16 +152,33 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame):
+        if self._at_once:
+            self.leave(number)
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
 
-    def agreed(self) -> int:
-        """The signal that any process received, 0 if none: all processes get the same answer at the same step."""
-        if self.accelerator.num_processes == 1:
-            return self.received
-        received = torch.tensor([self.received], device=self.accelerator.device)
-        return int(self.accelerator.gather(received).max())
+    def flags(self) -> list[float]:
+        """What this process received, for the processes to compare."""
+        return [float(self.received == number) for number in self.NUMBERS]
+
+    def agree(self, flags: list[float]):
+        """Takes the sum or mean of the [`flags`] of all processes."""
+        self.agreed = next((number for number, flag in zip(self.NUMBERS, flags) if flag > 0), 0)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal ends the process where it stands."""
+        self._at_once = True
+        if self.received:
+            self.leave(self.received)
+        yield
+        self._at_once = False
+
+    def leave(self, number: int):
+        """Ends the process, to be resumed."""
+        print("Stopped. Go on with --resume.", file=sys.stderr)
+        raise SystemExit(128 + number)
 
 
 def replace_file(path: Path, text: str):

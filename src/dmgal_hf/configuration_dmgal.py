@@ -4,6 +4,8 @@ import difflib
 
 from transformers import AutoConfig, PreTrainedConfig, ResNetConfig
 
+from .configuration_mga import read_adapter_config
+
 FORMAT_VERSION = 1
 
 # What transformers itself writes into config.json or hands to a config besides the declared fields.
@@ -66,6 +68,9 @@ class DmgalConfig(PreTrainedConfig):
         adapter_config (`dict`, *optional*):
             Fields of [`MgaConfig`] for the adapters inside the backbone (paradigm "adapter"). `None` leaves the plain
             frozen backbone with prototype matching: the zero-training baseline, and what peft attaches adapters to.
+            `{"peft_type": "LORA", ...}` with fields of peft's LoraConfig is the baseline of LoRA adapters. In place
+            of its `r` a `budget`, fields of [`MgaConfig`], asks for the largest rank that has no more parameters than
+            those MGA adapters (and `lora_alpha` equal to it, unless given); a model that is built notes the rank here.
         score_temperature (`float`, *optional*, defaults to 1.0):
             Scores of the pipeline are softmax(logits / score_temperature).
         format_version (`int`, *optional*):
@@ -183,6 +188,8 @@ class DmgalConfig(PreTrainedConfig):
             raise ValueError(
                 f"adapter_config must be a dict of MgaConfig fields or null, got {self.adapter_config!r}."
             )
+        if self.adapter_config is not None:
+            read_adapter_config(self.adapter_config)
         if self.paradigm == "ft" and self.adapter_config is not None:
             raise ValueError("adapter_config needs paradigm='adapter'; with paradigm='ft' leave it out.")
         if self.paradigm == "ft" and self.frame_pooling == "cls":

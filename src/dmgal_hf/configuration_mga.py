@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType
 from transformers.activations import ACT2FN
 
 FORMAT_VERSION = 1
@@ -192,3 +194,32 @@ def _as_integer(name: str, value: object) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"MgaConfig.{name}={value!r}: give an integer.") from None
+
+
+def read_adapter_config(values: dict[str, Any]) -> PeftConfig:
+    """
+    The peft config that `DmgalConfig.adapter_config` stands for: an [`MgaConfig`], or with `peft_type: LORA` peft's
+    LoraConfig, whose `target_modules` are all linear layers unless it says otherwise.
+
+    Raises:
+        ValueError: an unknown `peft_type` or field, or a value that is not allowed.
+    """
+    values = dict(values)
+    classes = {"MGA": MgaConfig, "LORA": LoraConfig}
+    name = values.pop("peft_type", "MGA")
+    if name not in classes:
+        raise ValueError(f"adapter_config: peft_type must be one of {', '.join(classes)}, got {name!r}.")
+    budget = values.pop("budget", None) if name == "LORA" else None
+    known = sorted(one.name for one in fields(classes[name]) if one.init)
+    for unknown in values.keys() - set(known):
+        close = difflib.get_close_matches(unknown, known, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known fields: {', '.join(known)}."
+        raise ValueError(f"adapter_config has no field {unknown!r} for {classes[name].__name__}. {hint}")
+    if budget is not None:
+        if not isinstance(budget, dict) or "r" in values:
+            raise ValueError(
+                "adapter_config: budget is a dict of MgaConfig fields and stands in place of r, got "
+                f"budget={budget!r} and r={values.get('r')!r}."
+            )
+        read_adapter_config(budget)
+    return classes[name](**({"target_modules": "all-linear"} if name == "LORA" else {}) | values)

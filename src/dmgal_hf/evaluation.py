@@ -27,6 +27,7 @@ def evaluate_episodes(
     episodes: Dataset,
     accelerator: Accelerator,
     num_workers: int = 0,
+    episodes_per_forward: int = 1,
     description: str = "Evaluating",
 ) -> dict[str, Any]:
     """
@@ -39,16 +40,20 @@ def evaluate_episodes(
         episodes (`datasets.Dataset`): an episode list over the rows of `videos`.
         accelerator (`Accelerator`): of the run.
         num_workers (`int`): processes that read videos, for each process that computes.
+        episodes_per_forward (`int`): episodes a forward pass of a process; the result does not depend on it.
         description (`str`): of the progress bar.
 
     Returns:
         `dict`, the same on every process: see [`summarize`].
 
     Raises:
+        ValueError: several episodes a forward pass, and they are not of one size.
         VideoDecodeError: a video of an episode cannot be read.
     """
+    if episodes_per_forward > 1:
+        _check_equal_sizes(episodes)
     data = EpisodeVideos(videos, episodes, processor)
-    loader = DataLoader(data, batch_size=1, num_workers=num_workers, collate_fn=collate_episodes)
+    loader = DataLoader(data, batch_size=episodes_per_forward, num_workers=num_workers, collate_fn=collate_episodes)
     loader = accelerator.prepare_data_loader(loader)
     model.eval()
     rows = []
@@ -68,6 +73,18 @@ def evaluate_episodes(
         rows.append(torch.stack([episode, batch["query_classes"], predicted], -1).flatten(0, 1))
     rows = accelerator.gather(accelerator.pad_across_processes(torch.cat(rows), pad_index=-1)).cpu().numpy()
     return summarize(rows, videos.features["label"].names, episodes)
+
+
+def _check_equal_sizes(episodes: Dataset):
+    sizes = {
+        (max(support) + 1, len(support), len(query))
+        for support, query in zip(episodes["support_labels"], episodes["query_labels"])
+    }
+    if len(sizes) > 1:
+        raise ValueError(
+            "the episodes are not of one size but have (classes, supports, queries) of "
+            f"{', '.join(map(str, sorted(sizes)[:3]))}: set episodes_per_forward=1."
+        )
 
 
 def summarize(rows: np.ndarray, class_names: list[str], episodes: Dataset) -> dict[str, Any]:
@@ -147,7 +164,9 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
         ]
     results = []
     for description, episodes in lists:
-        metrics = evaluate_episodes(model, processor, videos, episodes, accelerator, data.num_workers)
+        metrics = evaluate_episodes(
+            model, processor, videos, episodes, accelerator, data.num_workers, arguments.episodes_per_forward
+        )
         results.append({"model": arguments.model, "split": arguments.split, **description, **metrics})
         accelerator.print(
             f"{', '.join(f'{name} {value}' for name, value in description.items())}: {metrics['accuracy']:.2f} ± "

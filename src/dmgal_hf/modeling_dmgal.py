@@ -1,6 +1,5 @@
 """DMGAL: few-shot action recognition with motion-guided attention (arXiv 2411.11335)."""
 
-import inspect
 import math
 import os
 from dataclasses import dataclass, replace
@@ -10,14 +9,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .alignment import class_logits
+from .backbones import add_adapters, build_backbone, load_backbone, train_adapters
 from .configuration_dmgal import DmgalConfig
-from .configuration_mga import MgaConfig
-from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer, MgaModel
+from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer
 from .motion_adapters import SupportCache
 from .motion_attention import CrossMotionAttention, CrossMotionKeys, SelfMotionAttention, TemporalChannelMixer
 
@@ -174,7 +173,7 @@ class DmgalModel(DmgalPreTrainedModel):
 
     def __init__(self, config: DmgalConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self.backbone = _build_backbone(config.backbone_config) if backbone is None else backbone
+        self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
         if config.frame_pooling == "cls" and not CLASS_TOKENS.get(config.backbone_config.model_type):
             raise ValueError(
                 f"frame_pooling='cls' needs a backbone with a class token, and {config.backbone_config.model_type!r} "
@@ -189,16 +188,19 @@ class DmgalModel(DmgalPreTrainedModel):
             CrossMotionAttention(config, channels) if full and config.cross_motion_attention else None
         )
         self.post_init()
+        self._adapter_parameters = frozenset()
         if config.adapter_config is not None:
             # After the initialisation above, which would give the adapters the backbone's random weights.
-            MgaModel(self.backbone, MgaConfig(**config.adapter_config), "default")
+            config.adapter_config = add_adapters(self.backbone, config.adapter_config)
+            named = self.backbone.named_parameters()
+            self._adapter_parameters = frozenset(name for name, parameter in named if parameter.requires_grad)
         self._freeze()
 
     def _freeze(self):
-        """Paradigm "adapter": only adapters are trainable."""
+        """Paradigm "adapter": what peft made trainable remains so, and nothing else."""
         if self.config.paradigm == "adapter":
             for name, parameter in self.backbone.named_parameters():
-                parameter.requires_grad_(".mga_adapter." in name)
+                parameter.requires_grad_(name in self._adapter_parameters)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -223,7 +225,7 @@ class DmgalModel(DmgalPreTrainedModel):
             ValueError: the backbone has no known vision configuration.
         """
         if not isinstance(backbone, PreTrainedModel):
-            backbone = _load_backbone(backbone)
+            backbone = load_backbone(backbone)
         elif hasattr(backbone, "vision_model") and hasattr(backbone.config, "vision_config"):
             backbone = backbone.vision_model
         attn_implementation = backbone.config._attn_implementation
@@ -235,12 +237,7 @@ class DmgalModel(DmgalPreTrainedModel):
         """As in torch, but a frozen backbone (paradigm "adapter") stays in eval mode: only its adapters train."""
         super().train(mode)
         if self.config.paradigm == "adapter":
-            self.backbone.eval()
-            for module in self.backbone.modules():
-                if isinstance(module, MgaLayer):
-                    module.mga_adapter.train(mode)
-                elif getattr(module, "gradient_checkpointing", False):
-                    module.training = mode  # the block itself only looks here whether to checkpoint
+            train_adapters(self.backbone, mode)
         return self
 
     def encode_support(self, support_pixel_values: torch.Tensor, support_labels: torch.Tensor) -> DmgalSupport:
@@ -563,29 +560,6 @@ def _num_channels(backbone_config: PreTrainedConfig) -> int:
         f"backbone_config of type {backbone_config.model_type!r} has neither hidden_size nor hidden_sizes: choose a "
         "transformers vision model such as ResNet, ViT, CLIP vision, DINOv2, DINOv3 or SigLIP vision."
     )
-
-
-def _backbone_class(backbone_config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dict]:
-    """The model class and the arguments that leave out a pooling head: its weights would never get a gradient."""
-    if type(backbone_config) not in MODEL_MAPPING:
-        raise ValueError(f"transformers has no model for a backbone_config of type {backbone_config.model_type!r}.")
-    if hasattr(backbone_config, "vision_use_head"):
-        backbone_config.vision_use_head = False
-    model_class = MODEL_MAPPING[type(backbone_config)]
-    has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    return model_class, {"add_pooling_layer": False} if has_pooler else {}
-
-
-def _build_backbone(backbone_config: PreTrainedConfig) -> PreTrainedModel:
-    model_class, kwargs = _backbone_class(backbone_config)
-    return model_class._from_config(backbone_config, **kwargs)
-
-
-def _load_backbone(name_or_path: str | os.PathLike) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name_or_path)
-    config = getattr(config, "vision_config", config)
-    model_class, kwargs = _backbone_class(config)
-    return model_class.from_pretrained(name_or_path, config=config, **kwargs)
 
 
 __all__ = ["DmgalModel", "DmgalOutput", "DmgalPreTrainedModel", "DmgalSupport"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,16 +12,20 @@ import psutil
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, gather_object, set_seed
 from datasets import Dataset, DatasetDict
 from torch import nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor, get_scheduler
 
 from .arguments import DataArguments, ModelArguments, TrainArguments
+from .batch_statistics import BatchStatistics
 from .checkpoints import (
     Progress,
     StopSignal,
@@ -76,8 +81,15 @@ class EpisodeLearner(nn.Module):
             else None
         )
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, DmgalOutput]:
-        """A batch of [`EpisodeVideos`] -> the loss to minimise, and the output of the model."""
+    def forward(
+        self, batch: dict[str, torch.Tensor] | None = None, **inputs: Any
+    ) -> tuple[torch.Tensor, DmgalOutput] | DmgalOutput:
+        """
+        A batch of [`EpisodeVideos`] -> the loss to minimise, and the output of the model. Without a batch the model is
+        called with `inputs`: FSDP wants every call to come through its outermost module.
+        """
+        if batch is None:
+            return self.model(**inputs)
         output = self.model(
             support_pixel_values=self.processor.normalize(batch["support_pixel_values"]),
             support_labels=batch["support_labels"],
@@ -100,9 +112,10 @@ def build_optimizer(learner: nn.Module, arguments: TrainArguments) -> torch.opti
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": arguments.weight_decay},
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    fused = all(parameter.is_cuda for parameter in trainable)
     if arguments.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=arguments.learning_rate, momentum=arguments.momentum)
-    return torch.optim.AdamW(groups, lr=arguments.learning_rate)
+        return torch.optim.SGD(groups, lr=arguments.learning_rate, momentum=arguments.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=arguments.learning_rate, fused=fused)
 
 
 def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments) -> dict[str, Any]:
@@ -151,7 +164,7 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
                 "a test split)."
             )
     run = TrainingRun(accelerator, data, model, arguments, videos, fields)
-    with StopSignal(accelerator) as stop:
+    with StopSignal() as stop:
         run.train(stop)
     metrics = run.finish()
     accelerator.end_training()
@@ -160,13 +173,29 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
 
 def build_accelerator(arguments: TrainArguments) -> Accelerator:
     """The accelerator of a run: it accumulates so that a step has `episodes_per_step` episodes over all processes."""
+    if arguments.report_to != "none" and arguments.report_to not in get_available_trackers():
+        raise ValueError(
+            f"report_to={arguments.report_to!r} is not installed: `pip install {arguments.report_to}`, or use none."
+        )
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_dir=arguments.output_dir,
         step_scheduler_with_optimizer=False,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        # Batch statistics are averaged once a step instead, see BatchStatistics.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        raise ValueError("accelerate shards models with FSDP on GPUs alone: start CPU processes without --use_fsdp.")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError("FSDP version 1 is not supported: use --fsdp_version 2.")
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = None  # autocast as everywhere: the normalised frames are float32
+        # Reading the weights in the main process alone fails in accelerate 1.15 with the buffers of a batch norm.
+        plugin.cpu_ram_efficient_loading = False
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # for from_pretrained
     together = accelerator.num_processes * arguments.episodes_per_forward
     if arguments.episodes_per_step % together:
         raise ValueError(
@@ -180,6 +209,16 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
         f"{arguments.episodes_per_step} episodes a step, {arguments.episodes_per_forward} a forward pass"
     )
     return accelerator
+
+
+def shard_by_blocks(accelerator: Accelerator, model: DmgalModel):
+    """Has FSDP gather the backbone block by block where it was started with no policy, or with none it can follow."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.auto_wrap_policy is None or plugin.auto_wrap_policy is transformer_auto_wrap_policy:
+        present = {type(module).__name__ for module in model.backbone.modules()}
+        blocks = sorted(present.intersection(model.backbone._no_split_modules or ()))
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+        plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or blocks
 
 
 class TrainingRun:
@@ -206,21 +245,33 @@ class TrainingRun:
         network, self.processor = build_model(model, data)
         if arguments.gradient_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
-        num_classes = videos["train"].features["label"].num_classes
-        learner = EpisodeLearner(network, self.processor, num_classes, arguments.class_loss_weight)
-        if arguments.torch_compile:
-            network.compile()
         self.network = network
-        optimizer = build_optimizer(learner, arguments)
+        self.num_trainable = sum(one.numel() for one in network.parameters() if one.requires_grad)
+        self.progress = Progress(arguments=fields)
+        if self.num_trainable:
+            self._prepare_training()
+        else:
+            self.learner = network.to(accelerator.device)
+
+    def _prepare_training(self):
+        """Optimizer, schedule and what accelerate makes of them; continues the state of an earlier run on request."""
+        accelerator, arguments = self.accelerator, self.arguments
+        num_classes = self.videos["train"].features["label"].num_classes
+        learner = EpisodeLearner(self.network, self.processor, num_classes, arguments.class_loss_weight)
+        if arguments.torch_compile:
+            self.network.compile()
+        optimizer = build_optimizer(learner.to(accelerator.device), arguments)
+        if accelerator.distributed_type == DistributedType.FSDP:
+            shard_by_blocks(accelerator, self.network)
         self.learner, self.optimizer = accelerator.prepare(learner, optimizer)
         steps = arguments.num_episodes // arguments.episodes_per_step
         self.scheduler = get_scheduler(
             arguments.lr_scheduler, self.optimizer.optimizer, round(arguments.warmup_ratio * steps), steps
         )
-        self.progress = Progress(arguments=fields)
         if arguments.resume:
-            self.progress = load_checkpoint(accelerator, self.output_dir, fields)
+            self.progress = load_checkpoint(accelerator, self.output_dir, self.progress.arguments)
             self.scheduler.load_state_dict(self.progress.scheduler)
+        self.statistics = BatchStatistics(self.learner, accelerator)
 
     def _episode_list(self, split: str, number: int) -> Dataset:
         labels = self.videos[split].features["label"]
@@ -257,6 +308,14 @@ class TrainingRun:
     def train(self, stop: StopSignal):
         """Runs the training episodes that are left, validating and saving along the way."""
         arguments, progress = self.arguments, self.progress
+        if not self.num_trainable:
+            self.accelerator.print(
+                "This model has nothing to train (a frozen backbone without adapters): it is tested."
+            )
+            return self._validate()
+        if progress.validation_due:
+            with stop.at_once():
+                self._validate()
         bar = tqdm(
             total=arguments.num_episodes,
             initial=progress.episodes,
@@ -274,7 +333,7 @@ class TrainingRun:
             records.append(self._forward_backward(batch))
             if not self.accelerator.sync_gradients:
                 continue
-            record = self._step(records)
+            record = self._step(records, stop)
             progress.episodes += arguments.episodes_per_step
             now = time.perf_counter()
             record |= {
@@ -300,21 +359,26 @@ class TrainingRun:
         # Dropout depends on the episode alone: the same whatever the processes, and after resuming.
         torch.manual_seed(seed_from(self.arguments.seed, f"dropout/{int(batch['episode'][0])}"))
         with self.accelerator.accumulate(self.learner):
-            loss, output = self.learner(batch)
+            with self.accelerator.autocast():
+                loss, output = self.learner(batch)
             self.accelerator.backward(loss)
         accuracy = (output.logits.argmax(-1) == batch["labels"]).float().mean()
         broken = torch.full_like(accuracy, len(batch["broken"]))
         return torch.stack([loss.detach().float(), 100 * accuracy, broken]), batch["broken"]
 
-    def _step(self, records: list[tuple[torch.Tensor, list[str]]]) -> dict[str, float]:
+    def _step(self, records: list[tuple[torch.Tensor, list[str]]], stop: StopSignal) -> dict[str, float]:
         """Updates the weights after the last backward pass of a step."""
         arguments, progress = self.arguments, self.progress
-        values = self.accelerator.reduce(torch.stack([values for values, _ in records]).mean(0), "mean")
-        loss, accuracy, broken = values.tolist()
+        values = torch.stack([values for values, _ in records]).mean(0)
+        values = self.accelerator.reduce(torch.cat([values, values.new_tensor(stop.flags())]), "mean")
+        limit = math.inf if arguments.max_grad_norm is None else arguments.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # All at once: reading is the only time in a step that a GPU has to be waited for.
+        loss, accuracy, broken, *stop_flags, norm = torch.cat([values, norm[None].to(values)]).tolist()
+        stop.agree(stop_flags)
         if broken:
             self._note_broken([path for _, paths in records for path in paths])
-        limit = math.inf if arguments.max_grad_norm is None else arguments.max_grad_norm
-        norm = float(self.accelerator.clip_grad_norm_(self.learner.parameters(), limit))
         record = {
             "loss": loss,
             "accuracy": accuracy,
@@ -324,8 +388,10 @@ class TrainingRun:
         # With fp16 the gradient scaler itself leaves out steps whose gradient overflows.
         if math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.scaler is not None):
             self.optimizer.step()
+            self.statistics.average()
             progress.bad_in_a_row = 0
         else:
+            self.statistics.restore()
             progress.bad_steps += 1
             progress.bad_in_a_row += 1
             logger.warning(
@@ -357,46 +423,57 @@ class TrainingRun:
             )
 
     def _milestones(self, stop: StopSignal):
-        """What is due after a step: validation, a resumable state, the end on request."""
+        """What is due after a step: a resumable state, the end on request, validation."""
         arguments, progress = self.arguments, self.progress
-        done = progress.episodes == arguments.num_episodes
-        if done or _passed(progress.episodes, arguments.validate_every, arguments.episodes_per_step):
-            self._validate()
-        received = stop.agreed()
-        if done or received or _passed(progress.episodes, arguments.checkpoint_every, arguments.episodes_per_step):
+        done, step = progress.episodes == arguments.num_episodes, arguments.episodes_per_step
+        progress.validation_due = done or _passed(progress.episodes, arguments.validate_every, step)
+        # Validation may take longer than a pre-empted run is given: the state is saved before it.
+        if progress.validation_due or stop.agreed or _passed(progress.episodes, arguments.checkpoint_every, step):
             progress.scheduler = self.scheduler.state_dict()
             save_checkpoint(self.accelerator, self.output_dir, progress, arguments.keep_checkpoints)
-        if received:
-            logger.warning(f"Stopped after {progress.episodes} episodes. Go on with --resume.")
-            raise SystemExit(128 + received)
+        if stop.agreed:
+            stop.leave(stop.agreed)
+        if progress.validation_due:
+            with stop.at_once():
+                self._validate()
 
     def _validate(self):
-        metrics = evaluate_episodes(
-            self.network, self.processor, self.videos["validation"], self.validation, self.accelerator,
-            self.num_workers, "Validating",
-        )  # fmt: skip
-        self.learner.train()
+        metrics = self._evaluate(self.learner, "validation", self.validation, "Validating")
         accuracy, progress = metrics["accuracy"], self.progress
         self.accelerator.log({"validation_accuracy": accuracy}, step=progress.episodes)
-        progress.history[-1]["validation_accuracy"] = accuracy
+        if self.num_trainable:
+            self.learner.train()
+            progress.history[-1]["validation_accuracy"] = accuracy
         if self.accelerator.is_main_process:
             tqdm.write(
                 f"episode {progress.episodes}: validation accuracy {accuracy:.1f} ± "
                 f"{metrics['confidence_interval']:.1f} % ({metrics['num_episodes']} episodes)"
             )
         if accuracy > progress.best_accuracy:
-            progress.best_accuracy, progress.best_episodes = accuracy, progress.episodes
             self._save_model(self.output_dir / "best")
+            progress.best_accuracy, progress.best_episodes = accuracy, progress.episodes
+        progress.validation_due = False
+
+    def _evaluate(self, model: nn.Module, split: str, episodes: Dataset, description: str) -> dict[str, Any]:
+        return evaluate_episodes(
+            model, self.processor, self.videos[split], episodes, self.accelerator, self.num_workers,
+            self.arguments.episodes_per_forward, description,
+        )  # fmt: skip
 
     def _save_model(self, folder: Path):
-        state = {
-            name.removeprefix("model."): tensor
-            for name, tensor in self.accelerator.get_state_dict(self.learner).items()
-            if name.startswith("model.")
-        }
+        # Of a class of its own: FSDP gives the network in training another, whose source would be saved beside it.
+        with torch.device("meta"):
+            network = DmgalModel(self.network.config)
+        state = self.network.state_dict()
+        if self.num_trainable:
+            state = {
+                name.removeprefix("model."): tensor
+                for name, tensor in self.accelerator.get_state_dict(self.learner).items()
+                if name.startswith("model.")
+            }
         with write_aside(folder, self.accelerator) as aside:
             if self.accelerator.is_main_process:
-                self.network.save_pretrained(aside, state_dict=state)
+                network.save_pretrained(aside, state_dict=state)
                 self.processor.save_pretrained(aside)
 
     def finish(self) -> dict[str, Any]:
@@ -410,6 +487,7 @@ class TrainingRun:
             "training": {
                 "episodes": progress.episodes,
                 "best_episodes": progress.best_episodes,
+                "trainable_parameters": self.num_trainable,
                 "bad_steps": progress.bad_steps,
                 "broken_videos": progress.broken,
                 "history": progress.history,
@@ -423,9 +501,7 @@ class TrainingRun:
                 "shot": arguments.shot,
                 "query": arguments.test_query,
                 "seed": arguments.seed,
-                **evaluate_episodes(
-                    network, self.processor, self.videos["test"], episodes, accelerator, self.num_workers, "Testing"
-                ),
+                **self._evaluate(network, "test", episodes, "Testing"),
             }
         if accelerator.is_main_process:
             replace_file(self.output_dir / "metrics.json", json.dumps(metrics, indent=2))

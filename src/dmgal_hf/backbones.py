@@ -1,0 +1,91 @@
+"""Image backbones from transformers: built, loaded, and adapted with peft while they themselves stay frozen."""
+
+import inspect
+import os
+from typing import Any
+
+import torch
+from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .configuration_mga import read_adapter_config
+
+
+def _backbone_class(backbone_config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dict]:
+    """The model class and the arguments that leave out a pooling head: its weights would never get a gradient."""
+    if type(backbone_config) not in MODEL_MAPPING:
+        raise ValueError(f"transformers has no model for a backbone_config of type {backbone_config.model_type!r}.")
+    if hasattr(backbone_config, "vision_use_head"):
+        backbone_config.vision_use_head = False
+    model_class = MODEL_MAPPING[type(backbone_config)]
+    has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return model_class, {"add_pooling_layer": False} if has_pooler else {}
+
+
+def build_backbone(backbone_config: PreTrainedConfig) -> PreTrainedModel:
+    """A backbone with random weights."""
+    model_class, kwargs = _backbone_class(backbone_config)
+    return model_class._from_config(backbone_config, **kwargs)
+
+
+def load_backbone(name_or_path: str | os.PathLike) -> PreTrainedModel:
+    """A pretrained backbone; of a model of several towers (CLIP, SigLIP) that of the pictures."""
+    config = AutoConfig.from_pretrained(name_or_path)
+    config = getattr(config, "vision_config", config)
+    model_class, kwargs = _backbone_class(config)
+    return model_class.from_pretrained(name_or_path, config=config, **kwargs)
+
+
+def add_adapters(backbone: PreTrainedModel, adapter_config: dict[str, Any]) -> dict[str, Any]:
+    """
+    Puts adapters into a backbone, which leaves nothing but them trainable.
+
+    Args:
+        backbone (`PreTrainedModel`): is changed in place.
+        adapter_config (`dict`): see [`DmgalConfig`].
+
+    Returns:
+        `dict`: the same with a rank in place of a budget.
+
+    Raises:
+        ValueError: the adapters do not fit the backbone or the budget.
+    """
+    if "budget" in adapter_config:
+        adapter_config = _spend_budget(backbone.config, adapter_config)
+    inject_adapter_in_model(read_adapter_config(adapter_config), backbone)
+    return adapter_config
+
+
+def _spend_budget(backbone_config: PreTrainedConfig, adapter_config: dict[str, Any]) -> dict[str, Any]:
+    adapter_config = dict(adapter_config)
+    budget = _count_parameters(backbone_config, adapter_config.pop("budget"))
+    of_rank_one = _count_parameters(backbone_config, adapter_config | {"r": 1})
+    rank = budget // of_rank_one
+    if rank < 1:
+        raise ValueError(
+            f"adapter_config: LoRA of rank 1 has {of_rank_one:,} parameters, more than the budget of {budget:,}: "
+            "name fewer target_modules."
+        )
+    return {"lora_alpha": rank, **adapter_config, "r": rank}
+
+
+def _count_parameters(backbone_config: PreTrainedConfig, adapter_config: dict[str, Any]) -> int:
+    """Trainable parameters of adapters, found without memory for them."""
+    with torch.device("meta"):
+        backbone = inject_adapter_in_model(read_adapter_config(adapter_config), build_backbone(backbone_config))
+    return sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
+
+
+def train_adapters(backbone: nn.Module, mode: bool):
+    """Puts the adapters into training mode (or out of it) and the backbone around them into eval mode."""
+    backbone.eval()
+    for module in backbone.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.training = mode
+            for name, child in module.named_children():
+                if name != "base_layer":
+                    child.train(mode)
+        elif getattr(module, "gradient_checkpointing", False):
+            module.training = mode  # the block itself only looks here whether to checkpoint
