@@ -62,6 +62,20 @@ def test_head(benchmark, tmp_path, capsys):
     assert any("--reference" in skipped for skipped in result["parts"]["head"]["skipped"])
 
 
+def test_growth(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "growth", tmp_path, "--plot", str(tmp_path / "growth.png"))
+    check_structure(result, "growth", capsys.readouterr().out)
+    assert len(groups) == 4
+    for name, rows in groups.items():
+        axis = name.removeprefix("C-MGA against ").split(": ")[0]
+        sizes = [int(row.split(",")[0].removeprefix(axis)) for row in rows]
+        assert sizes == sorted(sizes) and len(set(sizes)) == 2
+        for row in rows:
+            if row.endswith("plain PyTorch"):
+                assert rows[row]["difference"] < 2e-5
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_adapter(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "adapter", tmp_path)
     check_structure(result, "adapter", capsys.readouterr().out)
@@ -170,7 +184,8 @@ def test_classes_of_the_reference_are_taken_alone(benchmark, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--only", "heads"], r"only must name parts out of head, adapter, support, data, got \['heads'\]"),
+        (["--only", "heads"], r"only must name parts out of head, growth, adapter, .*, got \['heads'\]"),
+        (["--only", "head", "--plot", "growth.png"], "only is head: add growth"),
         (["--repeats", "0"], "repeats must be at least 1, got 0"),
         (["--threads", "-1"], "threads must be at least 1, got -1"),
         (["--device", "mps"], "device must be cpu or cuda, got 'mps'"),
