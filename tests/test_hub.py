@@ -17,9 +17,20 @@ import yaml
 from datasets import load_dataset
 from hub_server import TOKEN, LocalHub
 from huggingface_hub import DatasetCard, HfApi, ModelCard, hf_hub_download
-from transformers import AutoModel, AutoProcessor, ViTConfig
+from peft import AutoPeftModel, PeftModel, get_peft_model
+from safetensors.torch import load, load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    ResNetConfig,
+    ViTConfig,
+    ViTModel,
+)
 
-from dmgal_hf import DmgalConfig, DmgalModel, DmgalSupport, DmgalVideoProcessor
+from dmgal_hf import DmgalConfig, DmgalModel, DmgalSupport, DmgalVideoProcessor, MgaConfig
+from dmgal_hf.conversion import official_state_dict
 from dmgal_hf.data import episodes_id, load_episodes, load_motion_shapes, sample_episodes
 from dmgal_hf.hub import (
     collect_files,
@@ -29,6 +40,7 @@ from dmgal_hf.hub import (
     render_model_card,
     write_planned_cards,
 )
+from dmgal_hf.modeling_mga import MgaLayer
 
 ROOT = Path(__file__).parents[1]
 # Written by the first release of format version 1, with the logits it gave; never to be written again.
@@ -134,9 +146,21 @@ def client_process(hub, home, **environment):
             yield lambda function, *args, **kwargs: executor.submit(function, *args, **kwargs).result(120)
 
 
+def is_expected(kind, path, content):
+    """Models: safetensors, JSON, Markdown and the source of this package. Datasets: Parquet and Markdown."""
+    suffix = Path(path).suffix
+    if suffix == ".py":
+        return kind == "models" and path in SOURCE and content == (ROOT / "src" / "dmgal_hf" / path).read_bytes()
+    if suffix == ".json":
+        return kind == "models" and isinstance(json.loads(content), dict)
+    if suffix == ".safetensors":
+        return kind == "models" and len(load(content)) > 0
+    return path == "README.md" or (kind == "datasets" and suffix == ".parquet")
+
+
 @pytest.fixture(scope="module")
 def hub():
-    with LocalHub() as hub:
+    with LocalHub(may_upload=is_expected) as hub:
         yield hub
 
 
@@ -191,6 +215,16 @@ def test_a_run_pushes_weights_json_source_and_card_and_nothing_else(pushed):
     assert all(files[name] == (ROOT / "src" / "dmgal_hf" / name).read_bytes() for name in SOURCE)
     assert not any(b"/home/me" in content for content in files.values())
     assert not pushed.repos["models", "org/run"].private
+
+
+def push_file(repo_id, name):
+    HfApi().upload_file(path_or_fileobj=b"pickle", path_in_repo=name, repo_id=repo_id)
+
+
+def test_every_push_of_these_tests_is_watched(pushed, client):
+    for name in ("optimizer.bin", "notes.py", "modeling_dmgal.py"):
+        kinds, message = client(raised, push_file, "org/run", name)
+        assert "HfHubHTTPError" in kinds and f"{name} must not be uploaded" in message
 
 
 def load_parts(repo_id):
@@ -261,10 +295,195 @@ def test_refusals_name_their_reason(pushed, client, run):
     kinds, message = client(raised, push_to_hub, run, "stranger/other")
     assert "HfHubHTTPError" in kinds and "403" in message
     assert not {("models", "org/other"), ("models", "stranger/other")} & pushed.repos.keys()
+    kinds, _ = client(raised, AutoModel.from_pretrained, "org/run", token="hf_wrong", force_download=True)
+    assert "OSError" in kinds
     kinds, message = client(raised, AutoModel.from_pretrained, "org/missing")
     assert "OSError" in kinds and "org/missing" in message
     kinds, message = client(raised, AutoModel.from_pretrained, "org/run", revision="v9")
     assert "OSError" in kinds and "v9" in message
+
+
+# Adapters alone
+
+ADAPTERS = {"reduction": 2, "init_weights": False, "num_frames": 4}
+
+
+@torch.no_grad()
+def adapted(model):
+    """What the model makes of the frames of two supports and a query, or, a DmgalModel, of an episode."""
+    config = model.eval().config
+    if isinstance(config, DmgalConfig):
+        return model(**episode()).logits.tolist()
+    frames = episode()["support_pixel_values"].flatten(0, 2)
+    return model(pixel_values=frames, num_frames=4, num_support=[2]).last_hidden_state.tolist()
+
+
+def vit_backbone():
+    return ViTModel.from_pretrained("org/vit", add_pooling_layer=False)
+
+
+def few_shot_model():
+    return DmgalModel.from_backbone("org/vit", paradigm="adapter", num_frames=4)
+
+
+def push_adapters(folder):
+    """By peft's push_to_hub from a plain backbone, from a DmgalModel, from one that is a repository; by ours."""
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                       image_size=32, patch_size=8)  # fmt: skip
+    ViTModel(config, add_pooling_layer=False).push_to_hub("org/vit")
+    few_shot_model().push_to_hub("org/baseline")
+    expected = {}
+    for base in (vit_backbone(), few_shot_model(), DmgalModel.from_pretrained("org/baseline")):
+        name = f"org/adapter-{len(expected)}"
+        model = get_peft_model(base, MgaConfig(**ADAPTERS))
+        model.push_to_hub(name)
+        expected[name] = adapted(model)
+    model = DmgalModel.from_backbone("org/vit", paradigm="adapter", num_frames=4, adapter_config=ADAPTERS)
+    model.save_pretrained(folder)
+    shutil.copy(CHECKPOINT / "preprocessor_config.json", folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"backbone": "org/vit"}))
+    push_to_hub(folder, "org/adapter-run", adapter_only=True)
+    return expected | {"org/adapter-run": adapted(model), "its backbone": adapted(model.backbone)}
+
+
+def load_adapters():
+    few_shot, through_baseline = few_shot_model(), few_shot_model()
+    few_shot.load_adapter("org/adapter-1")
+    through_baseline.backbone.load_adapter("org/adapter-run")
+    plain = vit_backbone()
+    plain.load_adapter("org/adapter-0")
+    loaded = {
+        "org/adapter-0": [
+            PeftModel.from_pretrained(vit_backbone(), "org/adapter-0"),
+            plain,
+            AutoModel.from_pretrained("org/adapter-0"),
+            AutoPeftModel.from_pretrained("org/adapter-0"),
+        ],
+        "org/adapter-1": [PeftModel.from_pretrained(few_shot_model(), "org/adapter-1"), few_shot],
+        "org/adapter-2": [
+            AutoModel.from_pretrained("org/adapter-2"),
+            AutoPeftModel.from_pretrained("org/adapter-2", import_allowlist=["dmgal_hf.modeling_dmgal"]),
+        ],
+        "org/adapter-run": [through_baseline],
+        "its backbone": [PeftModel.from_pretrained(vit_backbone(), "org/adapter-run")],
+    }
+    assert AutoProcessor.from_pretrained("org/adapter-run").num_frames == 4
+    return {name: [adapted(model) for model in models] for name, models in loaded.items()}
+
+
+def test_adapters_alone(hub, client, tmp_path):
+    expected, loaded = client(push_adapters, tmp_path), client(load_adapters)
+    for name, outputs in loaded.items():
+        assert all(output == expected[name] for output in outputs), name
+    bases = ("org/vit", "org/vit", "org/baseline", "org/vit")
+    for name, base in zip([name for name in expected if "/" in name], bases, strict=True):
+        files = hub.files(name)
+        assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == base
+        assert all(".mga_adapter." in key for key in load(files["adapter_model.safetensors"]))
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json"}
+    assert "auto_map" not in json.loads(files["preprocessor_config.json"])
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model) == ("peft", "org/vit")
+    assert 'from_backbone("org/vit", paradigm="adapter", num_frames=4)\nmodel.backbone.load_adapter(' in card.text
+
+
+def push_vit_b_adapter(repo_id):
+    config = CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                              image_size=224, patch_size=16)  # fmt: skip
+    with torch.device("meta"):
+        model = get_peft_model(CLIPVisionModel(config), MgaConfig())
+    for layer in model.modules():
+        if isinstance(layer, MgaLayer):  # the adapters alone take memory
+            layer.mga_adapter.to_empty(device="cpu").apply(lambda part: [p.data.normal_() for p in part.parameters()])
+    model.push_to_hub(repo_id)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_an_adapter_of_vit_b_uploads_less_than_25_mb(hub, client):
+    before = hub.received
+    num_parameters = client(push_vit_b_adapter, "org/vit-b")
+    assert 4 * num_parameters < hub.received - before < 25e6
+    weights = load(hub.files("org/vit-b")["adapter_model.safetensors"])
+    assert sum(weight.numel() for weight in weights.values()) == num_parameters > 4e6
+
+
+def test_adapters_that_nobody_could_load_are_not_pushed(run, tmp_path):
+    with pytest.raises(ValueError, match=r"has no adapters inside \(paradigm 'ft'"):
+        collect_files(run, adapter_only=True)
+    with pytest.raises(ValueError, match="is not named after a repository"):
+        collect_files(make_adapter_run(tmp_path / "run"), adapter_only=True)
+    model = DmgalModel.from_backbone(ViTModel(ViTConfig(num_hidden_layers=1), add_pooling_layer=False))
+    model.backbone.add_adapter(MgaConfig())
+    with pytest.raises(ValueError, match=r"save them with model\.backbone\.save_pretrained"):
+        model.save_pretrained(tmp_path / "model")
+
+
+# Loading
+
+
+def loading_peak(folder):
+    """Bytes that loading a checkpoint and reading all of its weights adds at its peak."""
+
+    def resident(line):
+        return next(int(text.split()[1]) << 10 for text in Path("/proc/self/status").open() if text.startswith(line))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS:")
+    model = AutoModel.from_pretrained(folder)
+    assert all(weight.isfinite().all() for weight in model.state_dict().values())
+    return resident("VmHWM:") - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be set back on Linux alone")
+def test_loading_makes_no_second_copy(client, tmp_path):
+    backbone = ViTConfig(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=2048)
+    DmgalModel(DmgalConfig(backbone_config=backbone)).save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size > 90e6 and client(loading_peak, tmp_path) < 1.5 * size
+
+
+def test_weights_that_a_checkpoint_lacks_are_initialised(tmp_path):
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "lacking")
+    weights = load_file(folder / "model.safetensors")
+    names = ("mixer.temporal_in.weight", "self_attention.gamma", "cross_attention.value.weight")
+    for name in names:
+        weights.pop(name)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model, report = DmgalModel.from_pretrained(folder, output_loading_info=True)
+    assert report["missing_keys"] == set(names)
+    state = model.state_dict()
+    assert state["self_attention.gamma"] == 0
+    bound = model.mixer.temporal_in.in_features**-0.5
+    assert (
+        0 < state[names[0]].abs().max() <= bound
+        and 0.5 < state[names[2]].std() * (9 * len(state[names[2]]) / 2) ** 0.5 < 2
+    )
+
+
+# The authors' checkpoints
+
+
+def run_script(name, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+
+
+def test_a_converted_checkpoint_pushes_and_comes_back(hub, client, tmp_path):
+    torch.manual_seed(0)
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic")
+    state = official_state_dict(DmgalModel(DmgalConfig(backbone_config=backbone)))
+    torch.save({"model_state_dict": state, "iteration": 7}, tmp_path / "authors.pt")
+    run_script("convert_checkpoint.py", "--checkpoint", tmp_path / "authors.pt", "--output", tmp_path / "converted")
+    client(push_to_hub, tmp_path / "converted", "org/converted")
+    assert set(hub.files("org/converted")) == SOURCE | {
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json"
+    }  # fmt: skip
+    back = tmp_path / "back.pt"
+    client(run_script, "convert_checkpoint.py", "--checkpoint", "org/converted", "--output", back, "--to_official")
+    content = torch.load(back, weights_only=True)["model_state_dict"]
+    assert content.keys() == state.keys() and all(torch.equal(content[name], state[name]) for name in state)
 
 
 # Support sets
@@ -386,6 +605,10 @@ def test_base_models_are_repositories_and_adapters_are_peft(tmp_path):
     local.mkdir(parents=True)
     card = render_model_card(make_run(tmp_path / "local", arguments=ARGUMENTS | {"backbone": str(local)}))
     assert card.data.base_model is None and str(tmp_path / "someone") not in str(card)
+    config = json.loads((CHECKPOINT / "config.json").read_text())
+    config["backbone_config"]["_name_or_path"] = str(local)
+    (tmp_path / "local" / "config.json").write_text(json.dumps(config))
+    assert str(tmp_path).encode() not in collect_files(tmp_path / "local")["config.json"]
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": backbone, "peft_type": "MGA"}))
@@ -448,6 +671,6 @@ def test_a_newer_checkpoint_is_refused(tmp_path):
     newer = shutil.copytree(CHECKPOINT, tmp_path / "newer")
     config = json.loads((newer / "config.json").read_text())
     (newer / "config.json").write_text(json.dumps(config | {"format_version": 2}))
-    for load in (AutoModel.from_pretrained, collect_files):
+    for read in (AutoModel.from_pretrained, collect_files):
         with pytest.raises(ValueError, match="format version 2"):
-            load(newer)
+            read(newer)

@@ -234,7 +234,18 @@ class DmgalModel(DmgalPreTrainedModel):
         attn_implementation = backbone.config._attn_implementation
         config = DmgalConfig(backbone_config=backbone.config, **kwargs)
         config._attn_implementation = attn_implementation  # a new config has none, and none for its parts
-        return cls(config, backbone=backbone)
+        model = cls(config, backbone=backbone)
+        model.name_or_path = backbone.name_or_path  # what peft notes as the base model of an adapter
+        return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As in transformers; of a model with `load_adapter()` or `add_adapter()`, the adapters alone."""
+        if getattr(self.backbone, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "model.backbone has adapters of its own load_adapter() or add_adapter(), which config.json does not "
+                f"describe: save them with model.backbone.save_pretrained({os.fspath(save_directory)!r})."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def train(self, mode: bool = True) -> "DmgalModel":
         """As in torch, but a frozen backbone (paradigm "adapter") stays in eval mode: only its adapters train."""
