@@ -5,7 +5,8 @@ medians, and the median of each round's ratio to the first contender of the grou
 what rests in memory before it, each contender in a process of its own. Where contenders compute the same thing, their
 outputs are compared before the clock runs.
 
-Parts: head (S-MGA, mixer, C-MGA), adapter (MGA in a frozen ViT), support (kept supports), data (frames, cache, lists).
+Parts: head (S-MGA, mixer, C-MGA), adapter (MGA in a frozen ViT), support (kept supports), data (frames, cache, lists),
+load (from_pretrained).
 Contenders that are not installed are named at the end: decord, torchcodec, and the authors' modules, which
 `--reference DIR` takes from a checkout of their repository. The code in that checkout is run.
 """
@@ -24,12 +25,19 @@ import torch
 from benchmarks.adapter import adapter_groups
 from benchmarks.data import data_groups
 from benchmarks.head import head_groups
+from benchmarks.load import load_groups
 from benchmarks.measuring import BenchmarkArguments, measure_group, measure_memory
 from benchmarks.support import support_groups
 from dmgal_hf.arguments import parse_arguments
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "av", "numpy", "decord", "torchcodec")
-GROUPS = {"head": head_groups, "adapter": adapter_groups, "support": support_groups, "data": data_groups}
+GROUPS = {
+    "head": head_groups,
+    "adapter": adapter_groups,
+    "support": support_groups,
+    "data": data_groups,
+    "load": load_groups,
+}
 
 
 def describe_environment(arguments: BenchmarkArguments) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from dmgal_hf.arguments import parse_arguments
 from dmgal_hf.video_decoding import segment_indices
@@ -95,6 +96,16 @@ def test_data(benchmark, tmp_path, capsys):
     assert groups["data loader over episodes"]["2 workers"]["difference"] == 0
 
 
+def test_load(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "load", tmp_path, "--folder", str(tmp_path / "made"))
+    check_structure(result, "load", capsys.readouterr().out)
+    assert len(groups) == 4
+    for rows in groups.values():
+        sizes = [float(row["note"].removeprefix("weights ").removesuffix(" MB")) for row in rows.values()]
+        assert sizes[1] >= sizes[0] > 0
+    assert AutoModel.from_pretrained(tmp_path / "made" / "clip-small-dmgal").config.paradigm == "adapter"
+
+
 def test_wrong_frames_are_counted(benchmark, tmp_path):
     arguments = measuring.BenchmarkArguments(small=True, folder=str(tmp_path))
     paths = data.make_clips(data.SSV2, arguments)[:2]
@@ -170,7 +181,7 @@ def test_classes_of_the_reference_are_taken_alone(benchmark, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--only", "heads"], r"only must name parts out of head, adapter, support, data, got \['heads'\]"),
+        (["--only", "heads"], r"only must name parts out of head, adapter, support, data, load, got \['heads'\]"),
         (["--repeats", "0"], "repeats must be at least 1, got 0"),
         (["--threads", "-1"], "threads must be at least 1, got -1"),
         (["--device", "mps"], "device must be cpu or cuda, got 'mps'"),

@@ -17,7 +17,7 @@ from torch import nn
 
 NUM_FRAMES = 8
 OURS = "dmgal_hf"
-PARTS = ("head", "adapter", "support", "data")
+PARTS = ("head", "adapter", "support", "data", "load")
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmark.py"
 
 
@@ -35,7 +35,9 @@ class BenchmarkArguments:
     memory: bool = field(default=True, metadata={"help": "Measure peak memory; each takes a process and its start."})
     reference: str | None = field(default=None, metadata={"help": "Checkout of ReverseSuzhou/DMGAL, for head."})
     json: str | None = field(default=None, metadata={"help": "Write everything measured into this JSON file."})
-    folder: str | None = field(default=None, metadata={"help": "Keep the made videos here; by default none stays."})
+    folder: str | None = field(
+        default=None, metadata={"help": "Keep the made videos and checkpoints here; by default none stays."}
+    )
     measure_memory: str | None = field(
         default=None, metadata={"help": "GROUP|CONTENDER: print the bytes that its first call adds, nothing else."}
     )
