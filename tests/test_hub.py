@@ -1,4 +1,4 @@
-"""Pushing and pulling over real HTTP, by unmodified clients in processes of their own; and what the cards say."""
+"""Pushing and pulling over real HTTP, by unmodified clients in processes of their own."""
 
 import json
 import multiprocessing
@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from datasets import load_dataset
+from hub_runs import CHECKPOINT, ROOT, make_adapter_run, make_run
 from hub_server import TOKEN, LocalHub
 from huggingface_hub import DatasetCard, HfApi, ModelCard, hf_hub_download
 from peft import AutoPeftModel, PeftModel, get_peft_model
@@ -38,30 +40,15 @@ from dmgal_hf.hub import (
     push_motion_shapes,
     push_to_hub,
     render_model_card,
-    write_planned_cards,
 )
 from dmgal_hf.modeling_mga import MgaLayer
 
-ROOT = Path(__file__).parents[1]
-# Written by the first release of format version 1, with the logits it gave; never to be written again.
-CHECKPOINT = Path(__file__).parent / "fixtures" / "checkpoint_v1"
 LOGITS = json.loads((CHECKPOINT.parent / "checkpoint_v1_logits.json").read_text())
 SOURCE = {
     "alignment.py", "configuration_dmgal.py", "configuration_mga.py", "modeling_dmgal.py", "modeling_mga.py",
     "motion_adapters.py",
     "motion_attention.py", "video_decoding.py", "video_processing_dmgal.py",
 }  # fmt: skip
-METRICS = {
-    "training": {"episodes": 40, "best_episodes": 30, "bad_steps": 0, "broken_videos": ["/home/me/videos/a.mp4"],
-                 "history": []},
-    "validation": {"accuracy": 61.25, "num_episodes": 20},
-    "test": {"way": 5, "shot": 1, "query": 3, "seed": 0, "accuracy": 54.3219, "confidence_interval": 1.2345,
-             "num_episodes": 200, "num_queries": 3000, "episodes_id": "0123456789abcdef", "per_class": {},
-             "confusion": {}},
-}  # fmt: skip
-ARGUMENTS = {"dataset": "ssv2-small", "videos": "/home/me/videos", "output_dir": "/home/me/run", "backbone": None,
-             "way": 5, "learning_rate": 0.001}  # fmt: skip
-
 # The same episode in any process, and in one that has torch and transformers alone.
 EPISODE = """
 import torch
@@ -73,9 +60,10 @@ inputs = dict(support_pixel_values=pixels[:, :3], support_labels=torch.tensor([[
 inputs["query_pixel_values"] = pixels[:, 3:]
 """
 WITHOUT_DMGAL_HF = """
-import sys
+import importlib.util, sys
 
-sys.modules["dmgal_hf"] = None  # as if it were not installed: importing it raises ModuleNotFoundError
+if importlib.util.find_spec("dmgal_hf"):  # installed as a wheel: as if it were not
+    sys.modules["dmgal_hf"] = None
 import json
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -105,30 +93,6 @@ def episode():
 @torch.no_grad()
 def logits_of(name, **kwargs):
     return AutoModel.from_pretrained(name, **kwargs).eval()(**episode()).logits.tolist()
-
-
-def make_run(folder, metrics=METRICS, arguments=ARGUMENTS):
-    """A run folder as training leaves it, and what users leave there."""
-    shutil.copytree(CHECKPOINT, folder)
-    (folder / "config.yaml").write_text(yaml.safe_dump(arguments))
-    if metrics is not None:
-        (folder / "metrics.json").write_text(json.dumps(metrics))
-    for below in ("checkpoints/episode-000000040", "best"):
-        shutil.copytree(CHECKPOINT, folder / below)
-    for name in ("optimizer.bin", "train.log", "secrets.json", "notes.py", ".metrics.json"):
-        (folder / name).write_text("{}")
-    return folder
-
-
-def make_adapter_run(folder):
-    torch.manual_seed(0)
-    backbone = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                         image_size=32, patch_size=8)  # fmt: skip
-    adapters = {"reduction": 2, "init_weights": False}
-    config = DmgalConfig(backbone_config=backbone, paradigm="adapter", num_frames=4, adapter_config=adapters)
-    DmgalModel(config).save_pretrained(folder)
-    shutil.copy(CHECKPOINT / "preprocessor_config.json", folder)
-    return folder
 
 
 # Clients
@@ -243,8 +207,10 @@ def test_with_dmgal_hf_its_own_classes_load(pushed, client, repo_id):
 
 def test_without_dmgal_hf_the_shipped_source_gives_the_same(pushed, client, home):
     environment = os.environ | {"HF_ENDPOINT": pushed.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    # Without the site module no .pth file is read, so that an editable install lies on no path.
+    environment["PYTHONPATH"] = os.pathsep.join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_DMGAL_HF.replace("import json\n", f"import json\n{EPISODE}")],
+        [sys.executable, "-S", "-c", WITHOUT_DMGAL_HF.replace("import json\n", f"import json\n{EPISODE}")],
         env=environment, capture_output=True, text=True, timeout=120, cwd=home,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -280,6 +246,10 @@ def test_private_and_branches(hub, client, run):
 def test_private_is_not_taken_lightly(pushed, client, run):
     kinds, message = client(raised, push_to_hub, run, "org/run", private=True)
     assert "ValueError" in kinds and "org/run exists and is public" in message
+    episodes = sample_episodes([0, 0, 1, 1], way=2, shot=1, query=1, num_episodes=2, seed=0)
+    client(push_episodes, episodes, "org/public-episodes", "Four videos.")
+    kinds, message = client(raised, push_episodes, episodes, "org/public-episodes", "Four videos.", private=True)
+    assert "ValueError" in kinds and "org/public-episodes exists and is public" in message
 
 
 def test_pushing_again_changes_nothing(pushed, client, run):
@@ -558,102 +528,24 @@ def test_motion_shapes_with_their_videos(hub, client, tmp_path):
     assert hub.repos["datasets", "org/motion-shapes"].private
     card = DatasetCard(hub.files("org/motion-shapes", "datasets")["README.md"].decode())
     assert "synthetic" in card.data.tags and "# Motion shapes" in card.text
+    assert "preset plain, seed 0, generator version 1" in card.text and "- `train`: 24 classes, 24 clips" in card.text
 
 
 # Cards
 
 
-def test_the_card_of_a_run_says_what_was_measured(run):
-    card = ModelCard(str(render_model_card(run, "org/run")))
-    (result,) = card.data.eval_results
-    assert (result.metric_type, result.metric_value) == ("accuracy", 54.32)
-    assert result.metric_args == {"confidence_interval_95": 1.23}
-    assert result.dataset_config == "5-way 1-shot" and result.dataset_type == "something-something-v2"
-    assert result.dataset_args == {"way": 5, "shot": 1, "query": 3, "num_episodes": 200,
-                                   "episodes_id": "0123456789abcdef"}  # fmt: skip
-    assert card.data.model_name == "run" and card.data.license == "apache-2.0"
-    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "video-classification"
-    assert card.data.base_model is None
-    for fact in ("54.32 %", "± 1.23 %", "`0123456789abcdef`", "learning_rate: 0.001", "40 episodes", "after 30",
-                 '"org/run"', "2411.11335", "others of their class: 1.", "Crowd workers",
-                 "started from random weights"):  # fmt: skip
-        assert fact in card.text
-    assert "/home/me" not in str(card) and "Not yet trained" not in card.text
+def validate_cards(contents):
+    """What is wrong with model cards, as the Hub says."""
+    errors = [raised(ModelCard(content).validate) for content in contents]
+    return [message for kinds, message in errors if kinds]
 
 
-def test_a_number_that_was_not_measured_is_absent(tmp_path):
-    metrics = {name: METRICS[name] for name in ("training", "validation")}
-    untested = render_model_card(make_run(tmp_path / "untested", metrics))
-    assert untested.data.eval_results is None and "No accuracy on novel classes has been measured" in untested.text
-    converted = render_model_card(CHECKPOINT)
-    assert converted.data.eval_results is None and converted.data.datasets is None
-    assert "## Training" not in converted.text and "is not recorded" in converted.text
-    started = make_run(tmp_path / "started", metrics=None)
-    (started / "model.safetensors").unlink()
-    card = render_model_card(started)
-    assert "Not yet trained" in card.text and card.data.eval_results is None
-    single = METRICS["test"] | {"num_episodes": 1, "confidence_interval": float("nan")}
-    card = render_model_card(make_run(tmp_path / "single", METRICS | {"test": single}))
-    assert card.data.eval_results[0].metric_args is None and "nan" not in str(card)
-
-
-def test_base_models_are_repositories_and_adapters_are_peft(tmp_path):
-    backbone = "openai/clip-vit-base-patch16"
-    card = render_model_card(make_run(tmp_path / "hub", arguments=ARGUMENTS | {"backbone": backbone}))
-    assert card.data.base_model == backbone and f"pretrained on ({backbone})" in card.text
-    local = tmp_path / "someone" / "backbone"
-    local.mkdir(parents=True)
-    card = render_model_card(make_run(tmp_path / "local", arguments=ARGUMENTS | {"backbone": str(local)}))
-    assert card.data.base_model is None and str(tmp_path / "someone") not in str(card)
-    config = json.loads((CHECKPOINT / "config.json").read_text())
-    config["backbone_config"]["_name_or_path"] = str(local)
-    (tmp_path / "local" / "config.json").write_text(json.dumps(config))
-    assert str(tmp_path).encode() not in collect_files(tmp_path / "local")["config.json"]
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": backbone, "peft_type": "MGA"}))
-    card = render_model_card(adapter, "org/adapter")
-    assert card.data.library_name == "peft" and card.data.base_model == backbone
-    assert 'load_adapter("org/adapter")' in card.text and "Not yet trained" in card.text
-
-
-def test_planned_cards_are_up_to_date_and_promise_nothing(tmp_path):
-    write_planned_cards(tmp_path)
-    cards = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    kept = {path.name: path.read_text() for path in (ROOT / "model_cards").glob("dmgal-*.md")}
-    assert kept == cards, "run dmgal_hf.hub.write_planned_cards('model_cards')"
-    assert len(cards) == 10
-    for text in cards.values():
-        assert "Not yet trained" in text and "model-index" not in text and " %" not in text
-
-
-def test_dry_run_shows_files_and_card(run, monkeypatch, capsys):
-    script = ROOT / "scripts" / "push_to_hub.py"
-    arguments = ["--output_dir", str(run), "--repo_id", "org/dry", "--dry_run"]
-    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
-    monkeypatch.setattr("socket.socket.connect", None)  # a dry run needs no network
-    runpy.run_path(str(script), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert all(f"  {name}\n" in printed for name in collect_files(run))
-    assert str(render_model_card(run, "org/dry")) in printed
-
-
-def test_folders_without_a_checkpoint_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        collect_files(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        collect_files(tmp_path)
-    shutil.copy(CHECKPOINT / "config.json", tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(FileNotFoundError, match="holds no weights"):
-        collect_files(tmp_path)
-    shutil.copy(CHECKPOINT / "model.safetensors", tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ValueError, match="a model of type 'vit'"):
-        collect_files(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type"')
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
-        collect_files(tmp_path)
+def test_every_card_is_valid(hub, client, run):
+    cards = [path.read_text() for path in sorted((ROOT / "model_cards").glob("dmgal-*.md"))]
+    cards += [str(render_model_card(folder, "org/name")) for folder in (run, CHECKPOINT)]
+    assert len(cards) == 12 and client(validate_cards, cards) == []
+    (error,) = client(validate_cards, [cards[0].replace("license: apache-2.0", "license: free")])
+    assert "license" in error and "must be one of" in error
 
 
 # Format versions

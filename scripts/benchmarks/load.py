@@ -44,7 +44,7 @@ def prepare_loading(arguments: BenchmarkArguments, kind: str, ours: bool, read: 
             for weight in model.state_dict().values():
                 weight.flatten()[::1024].sum()  # a number of every page of memory
 
-    return Run(call, note=f"weights {(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB")
+    return Run(call, note=f"weights {(folder / 'model.safetensors').stat().st_size / 1e6:.4g} MB")
 
 
 def load_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:

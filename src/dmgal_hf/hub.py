@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +30,6 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_dmgal import DmgalConfig
 from .data.episodes import episodes_id
-from .data.motion_shapes import GENERATOR_VERSION
 from .modeling_dmgal import DmgalModel
 from .video_processing_dmgal import DmgalVideoProcessor
 
@@ -80,6 +80,16 @@ RELEASE_BACKBONES = {"ft": "microsoft/resnet-50", "adapter": "openai/clip-vit-ba
 RELEASE_FIELDS = {"ft": {}, "adapter": {"frame_pooling": "cls"}}
 # What an adapter's repository cannot hold and its user has to give, where it is not the default.
 MODEL_FIELDS = ("num_frames", "frame_pooling", "alignment", "cosine_epsilon", "otam_smoothing")
+PARTS = {
+    "self_motion_attention": "self motion-guided attention (S-MGA)",
+    "mixer": "a temporal and channel mixer",
+    "cross_motion_attention": "cross motion-guided attention (C-MGA)",
+}
+MATCHINGS = {
+    "bi_mhm": "the bidirectional mean Hausdorff metric (Bi-MHM)",
+    "otam": "ordered temporal alignment (OTAM)",
+    "mean": "the distance of mean frame descriptors",
+}
 _DEFAULT = {name: getattr(DmgalConfig, name) for name in MODEL_FIELDS}
 
 
@@ -120,16 +130,11 @@ def render_model_card(
         state = "tested"
     return _model_card(
         name=repo_id or str(output_dir),
-        paradigm="adapter" if is_adapter else config.get("paradigm", "ft"),
-        is_adapter=is_adapter,
         # peft names the blocks as it finds them: in a DmgalModel, or in the backbone itself.
         adapted="model" if "backbone" in str(adapter.get("target_modules")) else "model.backbone",
-        model_fields={
-            name: config[name] for name in MODEL_FIELDS if config.get(name, _DEFAULT[name]) != _DEFAULT[name]
-        },
+        **_describe_model(config, is_adapter, adapter.get("num_frames")),
         dataset=arguments.get("dataset"),
         base_model=base_model,
-        backbone_type=config.get("backbone_config", {}).get("model_type"),
         from_scratch=bool(arguments) and not is_adapter and arguments.get("backbone") is None,
         state=state,
         metrics=metrics,
@@ -147,13 +152,10 @@ def render_planned_card(paradigm: str, benchmark: str) -> ModelCard:
     """
     return _model_card(
         name=f"org/dmgal-{paradigm}-{benchmark}",
-        paradigm=paradigm,
-        is_adapter=paradigm == "adapter",
         adapted="model.backbone",
-        model_fields=RELEASE_FIELDS[paradigm],
+        **_describe_model({"paradigm": paradigm, **RELEASE_FIELDS[paradigm]}, paradigm == "adapter"),
         dataset=benchmark,
         base_model=RELEASE_BACKBONES[paradigm],
-        backbone_type=None,
         from_scratch=False,
         state="untrained",
         metrics={},
@@ -168,12 +170,31 @@ def write_planned_cards(folder: str | os.PathLike):
             render_planned_card(paradigm, benchmark).save(Path(folder) / f"dmgal-{paradigm}-{benchmark}.md")
 
 
+def _describe_model(config: dict[str, Any], is_adapter: bool, num_frames: int | None = None) -> dict[str, Any]:
+    """What the card says of the model, by its config.json; an adapter's repository has none."""
+    return {
+        "paradigm": "adapter" if is_adapter else config.get("paradigm", "ft"),
+        "is_adapter": is_adapter,
+        "has_adapters": is_adapter or config.get("adapter_config") is not None,
+        "backbone_type": config.get("backbone_config", {}).get("model_type"),
+        "parts": [name for field, name in PARTS.items() if config.get(field, True)],
+        "matching": MATCHINGS[config.get("alignment", _DEFAULT["alignment"])],
+        "num_frames": config.get("num_frames") or num_frames or _DEFAULT["num_frames"],
+        "model_fields": {
+            name: config[name] for name in MODEL_FIELDS if config.get(name, _DEFAULT[name]) != _DEFAULT[name]
+        },
+    }
+
+
 def _model_card(name: str, dataset: str | None, metrics: dict[str, Any], **facts: Any) -> ModelCard:
     source = VIDEO_SOURCES.get(dataset)
+    if source and facts["arguments"].get("preset") and source.kind == "motion_shapes":
+        source = replace(source, name=f"{source.name}, preset {facts['arguments']['preset']}")
     title = name.rstrip("/").split("/")[-1]
     results = [_eval_result(metrics["test"], dataset, source)] if facts["state"] == "tested" else None
     data = ModelCardData(
-        license="apache-2.0",
+        # Weights that no run of ours has made, such as converted ones, come under terms of their own.
+        license="apache-2.0" if facts["arguments"] or facts["state"] == "untrained" else None,
         library_name="peft" if facts["is_adapter"] else "transformers",
         pipeline_tag="video-classification",
         tags=["dmgal", "few-shot-learning", "action-recognition", "motion-guided-attention", "arxiv:2411.11335"],
@@ -191,6 +212,7 @@ def _model_card(name: str, dataset: str | None, metrics: dict[str, Any], **facts
         repo_id=name,
         paper=PAPER,
         source=source,
+        has_license=data.license is not None,
         test=metrics.get("test"),
         validation=metrics.get("validation"),
         training=metrics.get("training"),
@@ -373,13 +395,19 @@ def push_to_hub(
         print(_describe(files))
         return None
     api = HfApi(token=token, library_name="dmgal_hf")
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.repo_info(repo_id).private:
-        raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or push without private")
+    repo_id = _create_repo(api, repo_id, "model", private)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
     return api.create_commit(repo_id, operations, commit_message="Upload DMGAL checkpoint", revision=revision)
+
+
+def _create_repo(api: HfApi, repo_id: str, repo_type: str, private: bool) -> str:
+    """Its full name; one that is there already stays as it is."""
+    repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+        raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or push without private")
+    return repo_id
 
 
 def _check_config(folder: Path):
@@ -475,9 +503,11 @@ What it was drawn from:
 _MOTION_SHAPES_TEXT = """
 # Motion shapes
 
-Short clips (two seconds, 112 x 112 pixels) of one textured shape whose classes differ by motion alone: a single frame
-says nothing about the class. Splits have disjoint classes, for few-shot learning: base classes in `train`, novel ones
-in `test`. Made by dmgal_hf, generator version {version}; nobody was filmed.
+Short clips (two seconds, 112 x 112 pixels) of one shape on a background, whose classes differ by motion alone: a
+single frame says nothing about the class. Splits have disjoint classes, for few-shot learning: base classes in
+`train`, novel ones in `test`. Made by dmgal_hf, {origin}; nobody was filmed.
+
+{splits}
 
 Columns: `video` (an H.264 file), `label`, `video_id`. Loaded with `datasets.load_dataset("{repo_id}")`.
 
@@ -512,8 +542,10 @@ def push_episodes(
     Raises:
         ValueError: the dataset is no episode list.
     """
+    identifier = episodes_id(episodes)
+    repo_id = _create_repo(HfApi(token=token), repo_id, "dataset", private)
     text = _EPISODES_TEXT.format(
-        number=len(episodes), id=episodes_id(episodes), videos=videos, repo_id=repo_id, split=split,
+        number=len(episodes), id=identifier, videos=videos, repo_id=repo_id, split=split,
         origin=episodes.info.description or "not recorded",
     )  # fmt: skip
     episodes.push_to_hub(repo_id, split=split, private=private, revision=revision, token=token)
@@ -533,8 +565,14 @@ def push_motion_shapes(
     Returns:
         `huggingface_hub.CommitInfo`: of the commit that completes the card.
     """
+    repo_id = _create_repo(HfApi(token=token), repo_id, "dataset", private)
     shapes.push_to_hub(repo_id, private=private, revision=revision, token=token)
-    text = _MOTION_SHAPES_TEXT.format(version=GENERATOR_VERSION, repo_id=repo_id)
+    made = re.search(r"/(\w+)-seed(\d+)-v(\d+)/", shapes["train"][0]["video"]["path"] or "")
+    origin = "preset {}, seed {}, generator version {}".format(*made.groups()) if made else "settings not recorded"
+    splits = "\n".join(
+        f"- `{name}`: {len(set(videos['label']))} classes, {len(videos)} clips" for name, videos in shapes.items()
+    )
+    text = _MOTION_SHAPES_TEXT.format(origin=origin, splits=splits, repo_id=repo_id)
     return _push_dataset_card(repo_id, text, ["few-shot-learning", "action-recognition", "synthetic"], revision, token)
 
 

@@ -250,13 +250,13 @@ class DmgalModel(DmgalPreTrainedModel):
     def train(self, mode: bool = True) -> "DmgalModel":
         """As in torch, but a frozen backbone (paradigm "adapter") stays in eval mode: only its adapters train."""
         super().train(mode)
-        if self.config.paradigm == "adapter":
+        if mode and self.config.paradigm == "adapter":
             self.backbone.eval()
             for module in self.backbone.modules():
                 if isinstance(module, MgaLayer):
-                    module.mga_adapter.train(mode)
+                    module.mga_adapter.train()
                 elif getattr(module, "gradient_checkpointing", False):
-                    module.training = mode  # the block itself only looks here whether to checkpoint
+                    module.training = True  # the block itself only looks here whether to checkpoint
         return self
 
     def encode_support(self, support_pixel_values: torch.Tensor, support_labels: torch.Tensor) -> DmgalSupport:
