@@ -431,6 +431,16 @@ def test_weights_that_a_checkpoint_lacks_are_initialised(tmp_path):
     )
 
 
+def test_adapters_without_weights_are_refused(tmp_path):
+    folder = make_adapter_run(tmp_path / "run")
+    weights = load_file(folder / "model.safetensors")
+    lacking = next(name for name in weights if name.endswith(".mga_adapter.default.gamma"))
+    del weights[lacking]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights of its adapters \(1\): .*\.mga_adapter\.default\.gamma"):
+        AutoModel.from_pretrained(folder)
+
+
 # The authors' checkpoints
 
 

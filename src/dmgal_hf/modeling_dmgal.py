@@ -206,11 +206,17 @@ class DmgalModel(DmgalPreTrainedModel):
                 parameter.requires_grad_(".mga_adapter." in name)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; a frozen backbone comes back frozen."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
-        return loaded
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a frozen backbone comes back frozen, and adapters without weights are refused."""
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # transformers would leave them as the memory happened to be: the backbone cannot initialise them.
+        lacking = sorted(name for name in report["missing_keys"] if ".mga_adapter." in name)
+        if lacking:
+            raise ValueError(
+                f"The checkpoint lacks weights of its adapters ({len(lacking)}): {', '.join(lacking[:3])} ..."
+            )
+        model._freeze()
+        return (model, report) if output_loading_info else model
 
     @classmethod
     def from_backbone(cls, backbone: str | os.PathLike | PreTrainedModel, **kwargs) -> "DmgalModel":
