@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from dmgal_hf.arguments import parse_arguments
 from dmgal_hf.video_decoding import segment_indices
@@ -107,6 +108,16 @@ def test_data(benchmark, tmp_path, capsys):
     assert cache["raw cache"]["grey_levels"] == 0 < cache["JPEG cache"]["grey_levels"]
     assert cache["JPEG cache"]["wrong_frames"] == 0
     assert groups["data loader over episodes"]["2 workers"]["difference"] == 0
+
+
+def test_load(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "load", tmp_path, "--folder", str(tmp_path / "made"))
+    check_structure(result, "load", capsys.readouterr().out)
+    assert len(groups) == 4
+    for rows in groups.values():
+        sizes = [float(row["note"].removeprefix("weights ").removesuffix(" MB")) for row in rows.values()]
+        assert sizes[1] > sizes[0] > 0
+    assert AutoModel.from_pretrained(tmp_path / "made" / "clip-small-dmgal").config.paradigm == "adapter"
 
 
 def test_wrong_frames_are_counted(benchmark, tmp_path):

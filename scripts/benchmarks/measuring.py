@@ -17,7 +17,7 @@ from torch import nn
 
 NUM_FRAMES = 8
 OURS = "dmgal_hf"
-PARTS = ("head", "growth", "adapter", "support", "data")
+PARTS = ("head", "growth", "adapter", "support", "data", "load")
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmark.py"
 
 
@@ -36,7 +36,9 @@ class BenchmarkArguments:
     reference: str | None = field(default=None, metadata={"help": "Checkout of ReverseSuzhou/DMGAL, for head."})
     json: str | None = field(default=None, metadata={"help": "Write everything measured into this JSON file."})
     plot: str | None = field(default=None, metadata={"help": "Draw the curves of growth into this PNG file."})
-    folder: str | None = field(default=None, metadata={"help": "Keep the made videos here; by default none stays."})
+    folder: str | None = field(
+        default=None, metadata={"help": "Keep the made videos and checkpoints here; by default none stays."}
+    )
     measure_memory: str | None = field(
         default=None, metadata={"help": "GROUP|CONTENDER: print the bytes that its first call adds, nothing else."}
     )

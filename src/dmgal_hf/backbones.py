@@ -5,12 +5,13 @@ import os
 from typing import Any
 
 import torch
-from peft import inject_adapter_in_model
+from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .configuration_mga import read_adapter_config
+from .configuration_mga import MgaConfig, read_adapter_config
+from .modeling_mga import MgaModel
 
 
 def _backbone_class(backbone_config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dict]:
@@ -54,8 +55,16 @@ def add_adapters(backbone: PreTrainedModel, adapter_config: dict[str, Any]) -> d
     """
     if "budget" in adapter_config:
         adapter_config = _spend_budget(backbone.config, adapter_config)
-    inject_adapter_in_model(read_adapter_config(adapter_config), backbone)
+    _inject(backbone, read_adapter_config(adapter_config))
     return adapter_config
+
+
+def _inject(backbone: PreTrainedModel, config: PeftConfig):
+    if isinstance(config, MgaConfig):
+        # Not by way of peft's register: where checkpoints bring their own code, it may hold the layers of another one.
+        MgaModel(backbone, config, "default")
+    else:
+        inject_adapter_in_model(config, backbone)
 
 
 def _spend_budget(backbone_config: PreTrainedConfig, adapter_config: dict[str, Any]) -> dict[str, Any]:
@@ -74,18 +83,19 @@ def _spend_budget(backbone_config: PreTrainedConfig, adapter_config: dict[str, A
 def _count_parameters(backbone_config: PreTrainedConfig, adapter_config: dict[str, Any]) -> int:
     """Trainable parameters of adapters, found without memory for them."""
     with torch.device("meta"):
-        backbone = inject_adapter_in_model(read_adapter_config(adapter_config), build_backbone(backbone_config))
+        backbone = build_backbone(backbone_config)
+        _inject(backbone, read_adapter_config(adapter_config))
     return sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
 
 
-def train_adapters(backbone: nn.Module, mode: bool):
-    """Puts the adapters into training mode (or out of it) and the backbone around them into eval mode."""
+def train_adapters(backbone: nn.Module):
+    """Puts the adapters into training mode and the backbone around them into eval mode."""
     backbone.eval()
     for module in backbone.modules():
         if isinstance(module, BaseTunerLayer):
-            module.training = mode
+            module.training = True
             for name, child in module.named_children():
                 if name != "base_layer":
-                    child.train(mode)
+                    child.train()
         elif getattr(module, "gradient_checkpointing", False):
-            module.training = mode  # the block itself only looks here whether to checkpoint
+            module.training = True  # the block itself only looks here whether to checkpoint
