@@ -37,7 +37,7 @@ LOGITS = json.loads((CHECKPOINT.parent / "checkpoint_v1_logits.json").read_text(
 SOURCE = {
     "alignment.py", "configuration_dmgal.py", "configuration_mga.py", "modeling_dmgal.py", "modeling_mga.py",
     "motion_adapters.py",
-    "motion_attention.py", "video_decoding.py", "video_processing_dmgal.py",
+    "extracted_frames.py", "motion_attention.py", "video_decoding.py", "video_processing_dmgal.py", "zip_archive.py",
 }  # fmt: skip
 METRICS = {
     "training": {"episodes": 40, "best_episodes": 30, "bad_steps": 0, "broken_videos": ["/home/me/videos/a.mp4"],
