@@ -14,8 +14,11 @@ import pytest
 from datasets import ClassLabel, DatasetDict, Video
 from huggingface_hub import constants
 
+from dmgal_hf.arguments import DataArguments, parse_arguments
 from dmgal_hf.data import splits as splits_module
 from dmgal_hf.data.benchmarks import find_videos, load_benchmark, load_video_folder, scan_videos
+from dmgal_hf.data.loading import load_videos
+from dmgal_hf.data.preparation import describe_source
 from dmgal_hf.data.splits import BENCHMARKS, read_split_lists
 
 # The authors' lists are not ours to ship; where a copy lies beside the checkout, the tests read it.
@@ -356,6 +359,14 @@ def test_ssv2_classes_get_their_names(ssv2, label_files):
     for split, dataset in plain.items():
         assert named[split]["label"][:] == dataset["label"][:]
         assert named[split]["video_id"][:] == dataset["video_id"][:]
+
+
+def test_label_files_on_the_command_line(ssv2, label_files):
+    videos, lists = ssv2
+    options = ["--dataset", "ssv2-full", "--videos", videos, "--splits", lists, "--class_labels", *label_files]
+    (arguments,) = parse_arguments((DataArguments,), [str(option) for option in options])
+    assert load_videos(arguments)["test"].features["label"].names[0] == "Doing train8 to something, slowly"
+    assert describe_source(arguments)["class_labels"] == [str(path) for path in label_files]
 
 
 def test_numeric_ids_and_labels_without_templates(ssv2, tmp_path):

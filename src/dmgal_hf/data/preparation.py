@@ -54,7 +54,7 @@ JPEG_QUALITY = 95
 MAX_CLIPS_A_SHARD = 64  # what a killed process loses at most
 MAX_CLIP_BYTES = 2**31 - 1  # an Arrow array of bytes has 32-bit offsets
 BYTES_READ_AT_ONCE = 2**28  # decoded frames, a process
-SOURCE_FIELDS = ("dataset", "videos", "splits", "preset", "clips_per_class", "cache_dir")
+SOURCE_FIELDS = ("dataset", "videos", "splits", "class_labels", "preset", "clips_per_class", "cache_dir")
 
 INFO_FEATURES = Features(
     {"num_frames": Value("int64"), "fps": Value("float64"), "height": Value("int64"), "width": Value("int64"),
@@ -120,9 +120,14 @@ def describe_source(data: Any) -> dict[str, Any]:
     """The fields of [`DataArguments`] that name a dataset, paths made absolute: the `source` of [`prepare_videos`]."""
     source = {name: getattr(data, name) for name in SOURCE_FIELDS}
     for name in ("videos", "splits", "cache_dir"):
-        if source[name] is not None:
-            source[name] = os.path.abspath(os.path.expanduser(source[name]))
+        source[name] = None if source[name] is None else _absolute(source[name])
+    if source["class_labels"] is not None:
+        source["class_labels"] = [_absolute(path) for path in source["class_labels"]]
     return source
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def prepare_videos(videos: DatasetDict, arguments: PrepareArguments, source: Mapping[str, Any]) -> dict[str, Any]:
