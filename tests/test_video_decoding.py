@@ -221,6 +221,14 @@ def test_packets_without_a_picture_are_not_counted(tmp_path):
     assert_reads_as(path, reference)
 
 
+def test_picture_that_ends_in_half_a_header(tmp_path):
+    chunks = mpeg4_pictures(2)
+    chunks[7] += VOP  # what type of picture begins here is not told
+    keys = {k for k, chunk in enumerate(chunks) if vop_type(chunk) == "I"}
+    path = write_packets(tmp_path / "cut.avi", "mpeg4", chunks, keys)
+    assert_reads_as(path, decode_all(path))
+
+
 def test_header_that_promises_more_frames(tmp_path):
     path = write(tmp_path / "lies.avi", "mpeg4", max_b_frames=2)
     data = bytearray(path.read_bytes())

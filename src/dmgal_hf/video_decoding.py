@@ -6,6 +6,10 @@ pictures that hold a wanted frame are decoded; everywhere else the clip is decod
 
 What a picture looks like: rotated and mirrored as its display matrix says (to the nearest quarter turn), stored pixels
 kept as they are (no stretching of non-square pixels, no deinterlacing, no tone mapping), alpha laid over black.
+
+Only wanted frames are converted, at their stored size; the processor resizes them after. Resizing in the conversion,
+by FFmpeg's swscale, was slower than torch at every size tried, 340x256 to 1920x1080, and off by 1 to 3 grey levels in
+the mean, up to 48.
 """
 
 import io
