@@ -1,15 +1,22 @@
-"""Kept supports: one query against them beside the backbone alone and a whole episode."""
+"""Kept supports: one query against them beside the backbone alone and a whole episode; a stream of queries."""
 
+import dataclasses
 import functools
+from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import ResNetConfig
+from transformers import ResNetConfig, pipeline
 
-from dmgal_hf import DmgalConfig, DmgalModel
+from dmgal_hf import DmgalConfig, DmgalModel, DmgalVideoProcessor
+from dmgal_hf.pipeline import FRAMES_TOGETHER, TASK
+from dmgal_hf.video_decoding import read_frames_at
 
 from .adapter import clip_config
+from .data import KINETICS, write_clip
 from .measuring import NUM_FRAMES, BenchmarkArguments, Contender, Group, Run
+
+WINDOW, STRIDE = 2.0, 0.5  # seconds
 
 
 def _support_config(kind: str, small: bool) -> DmgalConfig:
@@ -59,6 +66,50 @@ def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> R
     return Run(call_without_gradient)
 
 
+def _long_video(arguments: BenchmarkArguments) -> tuple[str, int]:
+    """A file of 30 frames a second like those of Kinetics, and its seconds."""
+    seconds = 6 if arguments.small else 60
+    path = Path(arguments.folder) / f"{seconds}_seconds.mp4"
+    if not path.exists():
+        kind = dataclasses.replace(KINETICS, num_frames=seconds * KINETICS.rate)
+        write_clip(path.with_name("aside.mp4"), kind, seed=0)
+        path.with_name("aside.mp4").rename(path)
+    return str(path), seconds
+
+
+def prepare_stream(arguments: BenchmarkArguments, kind: str, contender: str) -> Run:
+    """The stream, or what it cannot do without: each of the frames that its windows take once through the backbone."""
+    path, seconds = _long_video(arguments)
+    model, support, labels, _ = _episode(kind, arguments.small, arguments.device)
+    size = support.shape[-1]
+    processor = DmgalVideoProcessor(num_frames=NUM_FRAMES, size=size * 8 // 7, crop_size=size)
+    classifier = pipeline(TASK, model=model, image_processor=processor, device=arguments.device)
+    spacing = WINDOW / NUM_FRAMES
+    taken = [int((k + 0.5) * spacing * KINETICS.rate) for k in range(int(seconds / spacing))]
+
+    def pass_once():
+        clip = processor.resize_and_crop(read_frames_at(path, taken))
+        with torch.no_grad():
+            for frames in clip.split(FRAMES_TOGETHER):
+                model.encode_frames(processor.normalize(frames).to(arguments.device))
+
+    if contender == "pass":
+        return Run(pass_once, note=f"{len(taken)} of {seconds * KINETICS.rate} frames")
+    way, shot = int(labels.max()) + 1, support.shape[1] // (int(labels.max()) + 1)
+    clips = (support[0].permute(0, 1, 3, 4, 2).sigmoid() * 255).byte().cpu().unflatten(0, (way, shot))
+    classifier.fit({f"class {n}": list(clips[n].numpy()) for n in range(way)})
+    windows = len(list(classifier.stream(path, WINDOW, STRIDE)))
+    return Run(lambda: list(classifier.stream(path, WINDOW, STRIDE)), note=f"{windows} windows")
+
+
+def stream_group(arguments: BenchmarkArguments) -> Group:
+    contenders = [
+        Contender(name, functools.partial(prepare_stream, arguments, "ft", contender))
+        for name, contender in (("one pass over its sampled frames", "pass"), ("stream", "stream"))
+    ]
+    return Group("ResNet-50, DMGAL-FT: windows of 2 s every 0.5 s", contenders)
+
+
 def support_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:
     groups = []
     for title, kind in (("CLIP ViT-B/16 with adapters", "adapter"), ("ResNet-50, DMGAL-FT", "ft")):
@@ -71,4 +122,4 @@ def support_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str
             )
         ]
         groups.append(Group(title, contenders))
-    return groups, []
+    return [*groups, stream_group(arguments)], []
