@@ -18,6 +18,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import Pipeline, PreTrainedModel, pipeline
 
 from .modeling_dmgal import DmgalSupport
+from .query_model import DmgalQueryModel
 from .streaming import Picture, StreamedLabel, Window, decode_in_order, is_live, sampled_windows
 from .support_sets import (
     ABOUT_FILE,
@@ -318,6 +319,10 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
     def _to_model(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return pixel_values.to(self.device, self.model.dtype)
+
+    def query_model(self) -> DmgalQueryModel:
+        """The model with the classes of now built in, to be compiled or exported: query videos in, logits out."""
+        return DmgalQueryModel(self.model, self.support)
 
     # Kept support sets
 
