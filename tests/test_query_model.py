@@ -53,6 +53,18 @@ def test_export(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["ft", "clip"])
+def test_onnx(tmp_path, kind):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install onnx onnxscript onnxruntime")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    queries, videos, expected = make_case(kind)
+    shapes = ({0: torch.export.Dim("videos", min=1, max=64)},)
+    torch.onnx.export(queries, (videos[:2],), tmp_path / "queries.onnx", dynamo=True, dynamic_shapes=shapes)
+    session = runtime.InferenceSession(tmp_path / "queries.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: videos.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ft", "clip"])
 def test_compile_takes_it_whole(kind):
     queries, videos, expected = make_case(kind)
     compiled = torch.compile(queries, backend="aot_eager", fullgraph=True)  # traced, without a C++ compiler

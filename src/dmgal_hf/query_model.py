@@ -22,6 +22,9 @@ class DmgalQueryModel(nn.Module):
     torch.export.save(program, "queries.pt2")
     ```
 
+    The program goes to ONNX as it is: `torch.onnx.export(queries, (pixel_values,), "queries.onnx", dynamo=True)`, with
+    `pip install onnx onnxscript`.
+
     Args:
         model ([`DmgalModel`] or `PeftModel` of one): the model; it is put into eval mode and shared, not copied.
         support ([`DmgalSupport`]): kept supports of one episode.
@@ -36,7 +39,8 @@ class DmgalQueryModel(nn.Module):
             raise ValueError(
                 f"the supports are those of {len(support.features)} episodes, and a DmgalQueryModel has one"
             )
-        self.model = model.eval()
+        self.model = model
+        self.eval()
         self.way = support.way
         self.register_buffer("features", support.features)
         self.register_buffer("labels", support.labels)
