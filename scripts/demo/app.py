@@ -31,4 +31,4 @@ class DemoArguments:
 
 if __name__ == "__main__":
     (arguments,) = parse_arguments((DemoArguments,), sys.argv[1:])
-    build_demo(arguments.model, arguments.device).launch(server_port=arguments.port, footer_links=["api", "gradio"])
+    build_demo(arguments.model, arguments.device).launch(server_port=arguments.port)

@@ -23,8 +23,8 @@ MAX_CLASSES = 6
 SHOWN_CLASSES = 3
 EXAMPLES = {"circle": "circle_ccw", "up and back": "up_and_back", "roll left": "roll_left"}  # novel motion shapes
 ABOUT = """# Few-shot action recognition
-Name two or more actions, give each a few short clips, and drop a new clip to be named. Nothing is trained: the new clip
-is compared with yours by how things move in it."""
+Name two or more actions, give each a few short clips, and drop a new clip to be named. Nothing is trained: the new
+clip is compared with yours by how things move in it."""
 
 
 def build_demo(model: str | os.PathLike | PreTrainedModel, device: str = "cpu") -> gr.Blocks:
