@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import ClassLabel, Dataset, Features, Value, Video
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, Video
 from hub_server import TOKEN, LocalHub
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -263,6 +263,10 @@ def test_kept_support_set(tmp_path, videos, classes, kind):
     for other in (other_weights, other_metric, other_crop):
         with pytest.raises(ValueError, match="weights, config or preprocessing differ"):
             other.load(tmp_path / "kept")
+    for name in ("support.safetensors", "support.json"):
+        (tmp_path / "kept" / name).write_bytes(b"{")
+        with pytest.raises(ValueError, match=rf"{name} is damaged .*fit again"):
+            again.load(tmp_path / "kept")
     (tmp_path / "kept" / "support.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"support\.json is missing"):
         again.load(tmp_path / "kept")
@@ -350,6 +354,8 @@ def test_bad_supports(tmp_path, videos, classes):
         classifier.fit({"push": videos[:2], 3: videos[2]})
     with pytest.raises(ValueError, match="not a list"):
         classifier.fit(videos)
+    with pytest.raises(ValueError, match=r"splits \['train'\]: give one"):
+        classifier.fit(DatasetDict(train=Dataset.from_dict({"video": videos[:2], "label": ["a", "b"]})))
     with pytest.raises(ValueError, match=r"every class needs two or more, but \['pull'\] has one"):
         classifier.fit({"push": videos[:2], "pull": videos[2]}, unknown="auto")
     with pytest.raises(ValueError, match="called 'unknown'"):

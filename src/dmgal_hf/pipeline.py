@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import torch
 from huggingface_hub import CommitInfo, HfApi
+from safetensors import SafetensorError
 from transformers import Pipeline, PreTrainedModel, pipeline
 
 from .modeling_dmgal import DmgalSupport
@@ -361,7 +362,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
         Raises:
             FileNotFoundError: there is no such support set.
-            ValueError: it was made with another model, other weights or another preprocessing; both are named.
+            ValueError: it was made with another model, other weights or another preprocessing; both are named. Or a
+                file of it is damaged.
         """
         about, path = find_support(folder_or_id, revision, token)
         found = fingerprint(self.model, self.image_processor)
@@ -375,9 +377,13 @@ class FewShotVideoClassificationPipeline(Pipeline):
                 f"{str(self.model.dtype).removeprefix('torch.')}): weights, config or preprocessing differ, so the "
                 "kept features mean nothing here. Load that model, or fit again from the clips."
             )
+        try:
+            support = DmgalSupport.load(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): fit again from the clips, and save") from error
         self._fitted = FittedSupport(
             labels=tuple(about["labels"]),
-            support=DmgalSupport.load(path).to(self.device),
+            support=support.to(self.device),
             digests=tuple(about["clip_digests"]),
             pixel_values=None,
             unknown=about["unknown"],

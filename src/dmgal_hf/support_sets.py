@@ -51,6 +51,8 @@ class FittedSupport:
 
 def read_classes(support: Any, video_column: str, label_column: str) -> dict[str, dict[str, Any]]:
     """For each label its videos, by the names that errors call them."""
+    if isinstance(support, datasets.DatasetDict):
+        raise ValueError(f"`support` is a DatasetDict of the splits {list(support)}: give one of them")
     if isinstance(support, datasets.Dataset):
         support = _group_rows(support, video_column, label_column)
     if not isinstance(support, Mapping):
@@ -205,7 +207,10 @@ def find_support(
             )
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
             raise FileNotFoundError(f"{name} is no folder and no support set on the Hub ({error})") from error
-    fields = json.loads(about.read_text(encoding="utf-8"))
+    try:
+        fields = json.loads(about.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{about} is damaged ({error}): fit again from the clips, and save") from error
     if fields.get("format_version") != SUPPORT_FORMAT:
         raise ValueError(
             f"{about} has format version {fields.get('format_version')!r}; this release of dmgal_hf reads "
