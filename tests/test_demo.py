@@ -74,8 +74,8 @@ def test_messages(classifier, clips, tmp_path, monkeypatch):
         (["a", "b"], [one, None], query, False, "Class 2, 'b', has no clips"),
         (["a", " "], [one, two], query, False, "Class 2 has clips and no name"),
         (["a", "a "], [one, two], query, False, "Two classes are called 'a'"),
-        (["a", "b"], [one, [str(notes)]], query, False, "^'?notes.mp4: "),
-        (["a", "b"], [one, two], str(notes), False, "^'?notes.mp4: "),
+        (["a", "b"], [one, [str(notes)]], query, False, "^'?notes.mp4: .*Take another"),
+        (["a", "b"], [one, two], str(notes), False, "^'?notes.mp4: .*Take another"),
         (["a", "b"], [one, two], query, True, "every class needs two or more"),
     ):
         with pytest.raises(gr.Error, match=message):

@@ -315,6 +315,7 @@ def test_support_set_on_the_hub(tmp_path, checkpoint, videos, classes):
     about = json.loads(files["support.json"])
     assert about["model"] == "org/model" and about["revision"] == commit and about["labels"] == list(classes)
     assert b"base_model: org/model" in files["README.md"]
+    assert b'from_pretrained("org/actions")' in files["README.md"]
 
 
 def test_peft_model(tmp_path, videos, classes, processor):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, pipeline
 
 from .data.motion_shapes import FRAMES_PER_SECOND, render_clip
 from .pipeline import TASK, FewShotVideoClassificationPipeline
+from .video_decoding import VideoDecodeError
 
 try:
     import gradio as gr
@@ -110,7 +111,7 @@ def classify(
     """
     support = read_classes(names, clips)
     if query is None:
-        raise gr.Error("There is no new clip to classify: drop one.")
+        raise visitor_error("There is no new clip to classify: drop one.")
     paths = [query, *(path for of_class in support.values() for path in of_class)]
     try:
         key = (tuple((name, tuple(of_class)) for name, of_class in support.items()), with_unknown)
@@ -121,8 +122,10 @@ def classify(
         episode = own.image_processor(support=support, query=query)
         sheet = plot_episode(own.model, own.image_processor, episode, temperature=own.temperature,
                              kept_support=own.support)  # fmt: skip
-    except ValueError as error:  # unreadable videos too
-        raise gr.Error(shorten(str(error), paths)) from error
+    except VideoDecodeError as error:
+        raise visitor_error(f"{Path(error.source).name}: {error.problem}. Take another clip.") from error
+    except ValueError as error:
+        raise visitor_error(shorten(str(error), paths)) from error
     return scores, sheet, fitted
 
 
@@ -134,14 +137,14 @@ def read_classes(names: list[str], clips: list[list[str] | None]) -> dict[str, l
         if not name and not of_class:
             continue
         if not name:
-            raise gr.Error(f"Class {number} has clips and no name: name the action they show.")
+            raise visitor_error(f"Class {number} has clips and no name: name the action they show.")
         if not of_class:
-            raise gr.Error(f"Class {number}, {name!r}, has no clips: drop at least one.")
+            raise visitor_error(f"Class {number}, {name!r}, has no clips: drop at least one.")
         if name in support:
-            raise gr.Error(f"Two classes are called {name!r}: put their clips into one, or rename one.")
+            raise visitor_error(f"Two classes are called {name!r}: put their clips into one, or rename one.")
         support[name] = list(of_class)
     if len(support) < 2:
-        raise gr.Error("Two classes are needed at least: name them and give each a clip.")
+        raise visitor_error("Two classes are needed at least: name them and give each a clip.")
     return support
 
 
@@ -160,6 +163,11 @@ def fit(
         if "the same video" in str(warning.message):
             gr.Warning(shorten(str(warning.message), paths))
     return own
+
+
+def visitor_error(message: str) -> gr.Error:
+    """A message on the page, and nothing in the log of the server, which has done nothing wrong."""
+    return gr.Error(message, print_exception=False)
 
 
 def shorten(message: str, paths: list[str]) -> str:
