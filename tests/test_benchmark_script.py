@@ -80,7 +80,7 @@ def test_support(benchmark, tmp_path, capsys):
     assert streams["stream"]["note"] == "9 windows"
     assert len(groups) == 2
     for rows in groups.values():
-        assert rows["one query, kept supports"]["difference"] < 1e-5
+        assert rows["one query, kept 5-way 5-shot supports"]["difference"] < 1e-5
         assert "difference" not in rows["the backbone on one video"]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import ResNetConfig, pipeline
 
-from dmgal_hf import DmgalConfig, DmgalModel, DmgalVideoProcessor
+from dmgal_hf import DmgalConfig, DmgalModel, DmgalSupport, DmgalVideoProcessor
 from dmgal_hf.pipeline import FRAMES_TOGETHER, TASK
 from dmgal_hf.video_decoding import read_frames_at
 
@@ -42,6 +42,25 @@ def _episode(kind: str, small: bool, device: str):
     return model, support, labels, torch.randn(1, 1, NUM_FRAMES, 3, size, size, device=device)
 
 
+@functools.lru_cache(maxsize=1)
+def _kept_support(kind: str, small: bool, device: str) -> DmgalSupport:
+    model, support, labels, _ = _episode(kind, small, device)
+    with torch.no_grad():
+        return model.encode_support(support, labels)
+
+
+def _kept_few(kept: DmgalSupport) -> DmgalSupport:
+    """One support of each class."""
+    return kept.select([kept.labels[0].tolist().index(label) for label in range(kept.way)])
+
+
+def _kept_many(kept: DmgalSupport) -> DmgalSupport:
+    """Four times the classes, of the same videos: what a query costs does not depend on what they show."""
+    many = DmgalSupport.cat([kept] * 4)
+    labels = torch.cat([kept.labels + n * kept.way for n in range(4)], 1)
+    return dataclasses.replace(many, labels=labels, way=4 * kept.way)
+
+
 def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> Run:
     model, support, labels, query = _episode(kind, arguments.small, arguments.device)
     if contender == "backbone":
@@ -51,9 +70,8 @@ def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> R
         plain.adapter_config = None
         backbone = DmgalModel(plain).eval().to(arguments.device).backbone
         call = functools.partial(backbone, pixel_values=query.flatten(0, 2))
-    elif contender == "kept":
-        with torch.no_grad():
-            kept = model.encode_support(support, labels)
+    elif contender in KEPT:
+        kept = KEPT[contender](_kept_support(kind, arguments.small, arguments.device))
         call = functools.partial(model, query_pixel_values=query, support=kept)
     else:
         call = functools.partial(model, support, labels, query)
@@ -64,6 +82,9 @@ def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> R
         return (output.logits,) if contender != "backbone" else None
 
     return Run(call_without_gradient)
+
+
+KEPT = {"few": _kept_few, "same": lambda kept: kept, "many": _kept_many}
 
 
 def _long_video(arguments: BenchmarkArguments) -> tuple[str, int]:
@@ -117,7 +138,9 @@ def support_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str
             Contender(name, functools.partial(prepare_query, arguments, kind, contender), same_as)
             for name, contender, same_as in (
                 ("the backbone on one video", "backbone", None),
-                ("one query, kept supports", "kept", "one query, whole 5-way 5-shot episode"),
+                ("one query, kept 5-way 1-shot supports", "few", None),
+                ("one query, kept 5-way 5-shot supports", "same", "one query, whole 5-way 5-shot episode"),
+                ("one query, kept 20-way 5-shot supports", "many", None),
                 ("one query, whole 5-way 5-shot episode", "episode", None),
             )
         ]

@@ -155,7 +155,7 @@ def fit(
     own = FewShotVideoClassificationPipeline(
         classifier.model, classifier.image_processor, device=classifier.device, batch_size=4
     )
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught:  # Gradio runs one such event at a time
         warnings.simplefilter("always", UserWarning)
         own.fit(support, unknown="auto" if with_unknown else None)
     paths = [path for of_class in support.values() for path in of_class]
