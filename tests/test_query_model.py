@@ -40,7 +40,7 @@ def make_case(kind):
     return DmgalQueryModel(model, model.encode_support(videos[None, :5], LABELS)), videos[5:], expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["ft", "vit", "lora"])
 def test_export(tmp_path, kind):
     queries, videos, expected = make_case(kind)
     number = torch.export.Dim("videos", min=1, max=64)
