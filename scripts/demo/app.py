@@ -1,6 +1,6 @@
 """Serves the demo page: `python scripts/demo/app.py --model ID`.
 
-This folder is a Space of the Hub as it stands: the variable DMGAL_MODEL names its model there.
+This folder is laid out as a Space of the Hub, where the variable DMGAL_MODEL names the model.
 """
 
 import os
