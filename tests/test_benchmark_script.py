@@ -90,9 +90,12 @@ def test_adapter(benchmark, tmp_path, capsys):
 def test_support(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "support", tmp_path)
     check_structure(result, "support", capsys.readouterr().out)
+    streams = groups.pop("ResNet-50, DMGAL-FT: windows of 2 s every 0.5 s")
+    assert streams["one pass over its sampled frames"]["note"] == "24 of 180 frames"
+    assert streams["stream"]["note"] == "9 windows"
     assert len(groups) == 2
     for rows in groups.values():
-        assert rows["one query, kept supports"]["difference"] < 1e-5
+        assert rows["one query, kept 5-way 5-shot supports"]["difference"] < 1e-5
         assert "difference" not in rows["the backbone on one video"]
 
 
