@@ -6,7 +6,8 @@ what rests in memory before it, each contender in a process of its own. Where co
 outputs are compared before the clock runs.
 
 Parts: head (S-MGA, mixer, C-MGA), growth (C-MGA as episodes grow; `--plot FILE` draws it), adapter (MGA in a frozen
-ViT), support (kept supports), data (frames, cache, lists), load (from_pretrained).
+ViT), support (kept supports), data (frames, cache, lists), load (from_pretrained), train (steps of
+training in processes of accelerate).
 Contenders that are not installed are named at the end: decord, torchcodec, and the authors' modules, which
 `--reference DIR` takes from a checkout of their repository. The code in that checkout is run.
 """
@@ -29,9 +30,10 @@ from benchmarks.head import head_groups
 from benchmarks.load import load_groups
 from benchmarks.measuring import BenchmarkArguments, measure_group, measure_memory
 from benchmarks.support import support_groups
+from benchmarks.train import train_groups
 from dmgal_hf.arguments import parse_arguments
 
-LIBRARIES = ("torch", "transformers", "peft", "datasets", "av", "numpy", "decord", "torchcodec")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "av", "numpy", "decord", "torchcodec")
 GROUPS = {
     "head": head_groups,
     "growth": growth_groups,
@@ -39,6 +41,7 @@ GROUPS = {
     "support": support_groups,
     "data": data_groups,
     "load": load_groups,
+    "train": train_groups,
 }
 
 
@@ -102,6 +105,11 @@ def format_facts(row: dict[str, Any]) -> str:
         facts.append(f"WRONG: {row['wrong_frames']} of {row['fetched_frames']} are other frames")
     elif "wrong_frames" in row:
         facts.append(f"right frames, at most {row['grey_levels']:.0f} grey levels apart")
+    if "episodes_per_second" in row:
+        facts.append(f"{row['episodes_per_second']:.3g} episodes/s, {row['memory_gib']:.2f} GiB a process")
+        facts.append(f"{row['flops_per_second'] / 1e12:.3g} TFLOP/s")
+    if "utilisation" in row:
+        facts.append(f"{row['utilisation']:.1%} of the bf16 peak")
     return "; ".join(facts)
 
 

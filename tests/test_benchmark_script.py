@@ -123,6 +123,17 @@ def test_load(benchmark, tmp_path, capsys):
     assert AutoModel.from_pretrained(tmp_path / "made" / "clip-small-dmgal").config.paradigm == "adapter"
 
 
+def test_train(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "train", tmp_path)
+    check_structure(result, "train", capsys.readouterr().out)
+    ((one, two),) = [rows.values() for rows in groups.values()]
+    for row in (one, two):  # a step has two episodes, whoever computes them
+        assert row["episodes_per_second"] == pytest.approx(2 / row["median_seconds"])
+        assert row["memory_gib"] > 0
+    work = [row["flops_per_second"] * row["median_seconds"] for row in (one, two)]
+    assert work[0] == pytest.approx(work[1]) and work[0] > 1e6
+
+
 def test_wrong_frames_are_counted(benchmark, tmp_path):
     arguments = measuring.BenchmarkArguments(small=True, folder=str(tmp_path))
     paths = data.make_clips(data.SSV2, arguments)[:2]

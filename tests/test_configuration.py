@@ -51,6 +51,20 @@ def test_backbone_may_be_a_dict():
         ({"frame_pooling": "max"}, r"frame_pooling .*mean, cls.*'max'"),
         ({"frame_pooling": "cls"}, r"frame_pooling must be 'mean' with paradigm='ft'"),
         ({"adapter_config": {}}, r"adapter_config needs paradigm='adapter'"),
+        (
+            {"paradigm": "adapter", "adapter_config": {"reducton": 2}},
+            r"'reducton' for MgaConfig\. Did you mean 'reduction'",
+        ),
+        ({"paradigm": "adapter", "adapter_config": {"width": 0}}, r"MgaConfig\.width=0"),
+        ({"paradigm": "adapter", "adapter_config": {"peft_type": "IA3"}}, r"one of MGA, LORA, got 'IA3'"),
+        (
+            {"paradigm": "adapter", "adapter_config": {"peft_type": "LORA", "rank": 2}},
+            r"no field 'rank' for LoraConfig\. Known fields: .*lora_alpha",
+        ),
+        (
+            {"paradigm": "adapter", "adapter_config": {"peft_type": "LORA", "r": 2, "budget": {}}},
+            r"budget .* stands in place of r, got budget=\{\} and r=2",
+        ),
         ({"aligment": "otam"}, r"no field 'aligment' \(value 'otam'\)\. Did you mean 'alignment'\?"),
         ({"zzz": 1}, r"no field 'zzz'.*Known fields: .*num_frames"),
         ({"backbone_config": {"hidden_size": 3}}, r"backbone_config must be .*model_type"),

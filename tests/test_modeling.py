@@ -356,6 +356,40 @@ class TestAdapterParadigm:
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == ("mga_adapter" in name), name
 
+    @pytest.mark.parametrize("kind", ["clip", "dinov2"])
+    def test_lora_of_equal_size(self, tmp_path, kind):
+        def count(adapter_config):
+            model = make_adapter_model(kind, adapter_config=adapter_config)
+            return sum(one.numel() for one in model.parameters() if one.requires_grad), model
+
+        budget, _ = count({"reduction": 2})
+        asked = {"peft_type": "LORA", "budget": {"reduction": 2}, "lora_dropout": 0.5}
+        used, model = count(asked)
+        chosen = model.config.adapter_config
+        assert "budget" not in chosen and chosen["lora_alpha"] == chosen["r"] and "budget" in asked
+        of_rank_one, _ = count({**chosen, "r": 1})
+        assert used == of_rank_one * chosen["r"] <= budget < of_rank_one * (chosen["r"] + 1)
+
+        support, labels, query = make_episodes()
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == (".lora_" in name), name
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.train()
+        model(support, labels, query, labels=labels[:, :2]).loss.backward()
+        assert all((one.grad is not None) == one.requires_grad for one in model.parameters())
+        assert {m.training for m in model.backbone.modules() if isinstance(m, torch.nn.Dropout)} >= {True}
+        assert not any(m.training for n, m in model.backbone.named_modules() if n.endswith("base_layer"))
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path)
+        assert torch.equal(loaded(support, labels, query).logits, model.eval()(support, labels, query).logits)
+        assert sum(one.numel() for one in loaded.parameters() if one.requires_grad) == used
+
+    def test_lora_that_no_budget_is_enough_for(self):
+        with pytest.raises(ValueError, match=r"LoRA of rank 1 has [\d,]+ parameters, more than the budget of [\d,]+"):
+            budget = {"width": 1, "smga_layers": [0], "cmga_layers": []}
+            make_adapter_model(adapter_config={"peft_type": "LORA", "budget": budget})
+
     def test_gradients_reach_the_supports_of_the_cmga_adapter(self):
         model = make_adapter_model().train()
         support, labels, query = make_episodes(1, labels=(0, 1))

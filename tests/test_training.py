@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,16 +13,24 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from datasets import concatenate_datasets
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from dmgal_hf import DmgalConfig, MgaConfig
 from dmgal_hf.arguments import DataArguments, EvaluateArguments, ModelArguments, TrainArguments, parse_arguments
+from dmgal_hf.batch_statistics import BatchStatistics
+from dmgal_hf.checkpoints import StopSignal
 from dmgal_hf.data import load_motion_shapes, sample_episodes
 from dmgal_hf.evaluation import evaluate_episodes
 from dmgal_hf.training import describe_result, train
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import ablate  # noqa: E402
+
 ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true"}  # --multi_gpu then starts processes that talk through gloo
 FIELDS = {
     "clips_per_class": 3,
@@ -183,7 +192,7 @@ def test_sigterm_saves_first(finished, config, tmp_path):
     assert_same_end(tmp_path / "stopped", finished[0])
 
 
-def test_two_processes_make_the_same_updates(finished, config, tmp_path):
+def test_two_processes_make_the_same_updates(finished, config, cache_dir, tmp_path):
     result = subprocess.run(command(config("two"), processes=2), capture_output=True, text=True, env=ON_CPU)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Training with 2 processes" in result.stdout
@@ -196,17 +205,48 @@ def test_two_processes_make_the_same_updates(finished, config, tmp_path):
     ]
     for first, second in zip(*history):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
+    # Both validated the same model, with statistics of all episodes: it is what was saved.
+    reached = json.loads((tmp_path / "two" / "metrics.json").read_text())["validation"]["accuracy"]
+    model, processor = (auto.from_pretrained(tmp_path / "two") for auto in (AutoModel, AutoProcessor))
+    videos = load_motion_shapes(clips_per_class=3, cache_dir=cache_dir)["validation"]
+    episodes = sample_episodes(videos["label"], 3, 1, 1, 3, seed=0)
+    assert evaluate_episodes(model, processor, videos, episodes, Accelerator())["accuracy"] == reached
 
 
-def test_evaluation_is_the_same_with_two_processes(finished, cache_dir, tmp_path):
+def test_fsdp_makes_the_same_updates_saves_whole_models_and_resumes(finished, config, tmp_path):
+    """As --use_fsdp does on GPUs: torch shards on CPUs too, where accelerate does not look for it."""
+    path, out = config("sharded", validate_every=8), tmp_path / "sharded"
+    launch = command(path, processes=2)
+    launch[launch.index("--multi_gpu") : launch.index("--multi_gpu") + 1] = ["--use_fsdp", "--fsdp_version", "2"]
+    launch.insert(launch.index(str(SCRIPTS / "train.py")), str(Path(__file__).with_name("fsdp_on_cpu.py")))
+    results, models = [], []
+    for options in ((), ("--resume",)):
+        result = subprocess.run([*launch, *options], capture_output=True, text=True, env=ON_CPU)
+        assert result.returncode == 0, result.stdout + result.stderr
+        results.append(json.loads((out / "metrics.json").read_text()))
+        models.append(load_file(out / "model.safetensors"))
+        (out / "metrics.json").unlink()
+        shutil.rmtree(out / "checkpoints" / "episode-000000008")
+    expected = finished[1]["training"]["history"]
+    for one, two, resumed in zip(expected, *(result["training"]["history"] for result in results)):
+        for name in ("loss", "gradient_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3)
+            assert resumed[name] == two[name]
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+    assert AutoModel.from_pretrained(out).state_dict().keys() == models[0].keys()
+    assert not list((out / "best").glob("_fsdp*"))  # source of torch, were the class FSDP's
+
+
+def test_evaluation_is_the_same_with_two_processes_and_several_episodes_at_once(finished, cache_dir, tmp_path):
     options = ["--model", str(finished[0]), "--cache_dir", cache_dir, "--clips_per_class", "3", "--num_workers", "0",
                "--way", "3", "--shot", "1", "2", "--num_episodes", "7"]  # fmt: skip
     results = []
-    for processes in (1, 2):
+    for processes, together in ((1, 1), (2, 3)):
         path = tmp_path / f"{processes}.json"
         launch = command("unused", processes=processes)
         launch = [*launch[: launch.index(str(SCRIPTS / "train.py"))], str(SCRIPTS / "evaluate.py")]
-        result = subprocess.run([*launch, *options, "--json", str(path)], capture_output=True, text=True, env=ON_CPU)
+        launch += [*options, "--episodes_per_forward", str(together), "--json", str(path)]
+        result = subprocess.run(launch, capture_output=True, text=True, env=ON_CPU)
         assert result.returncode == 0, result.stdout + result.stderr
         results.append(json.loads(path.read_text()))
     assert results[0] == results[1]
@@ -229,6 +269,10 @@ def test_accuracy_counts_what_the_model_says(finished, cache_dir):
     accuracies = torch.tensor(accuracies)
     assert metrics["accuracy"] == pytest.approx(100 * accuracies.mean().item(), abs=1e-4)
     assert metrics["confidence_interval"] == pytest.approx(196 * accuracies.std().item() / 6**0.5, abs=1e-3)
+    assert evaluate_episodes(model, processor, videos, episodes, Accelerator(), episodes_per_forward=4) == metrics
+    ragged = concatenate_datasets([episodes, sample_episodes(videos["label"], 3, 2, 1, 1, seed=3)])
+    with pytest.raises(ValueError, match=r"not of one size.*\(3, 3, 6\), \(3, 6, 3\): set episodes_per_forward=1"):
+        evaluate_episodes(model, processor, videos, ragged, Accelerator(), episodes_per_forward=2)
 
 
 def test_a_broken_video_is_replaced_and_reported(config, cache_dir, tmp_path):
@@ -257,6 +301,55 @@ def test_a_loss_that_is_not_finite_is_left_out_and_ends_the_run(config, tmp_path
         run(config("bad", learning_rate=1e30, warmup_ratio=0.0, num_episodes=16, max_bad_steps=2))
 
 
+def test_a_step_left_out_does_not_spoil_the_batch_statistics():
+    norm = torch.nn.BatchNorm2d(3)
+    statistics = BatchStatistics(norm, Accelerator())
+    norm(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    statistics.average()
+    kept = norm.running_mean.clone(), norm.running_var.clone()
+    norm(torch.full((2, 3, 4, 4), torch.nan))
+    assert norm.running_mean.isnan().all()
+    statistics.restore()
+    assert torch.equal(norm.running_mean, kept[0]) and torch.equal(norm.running_var, kept[1])
+    assert kept[0].abs().min() > 0
+
+
+def test_a_signal_ends_validation_at_once(capsys):
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.flags() == [1, 0] and not stop.agreed  # honoured after the step
+        stop.agree([0.5, 0])
+        assert stop.agreed == signal.SIGTERM
+        with pytest.raises(SystemExit) as exit, stop.at_once():
+            pytest.fail("the state is saved: there is nothing to wait for")
+    assert exit.value.code == 128 + signal.SIGTERM and "--resume" in capsys.readouterr().err
+
+
+def test_ablation(config, cache_dir, tmp_path, capsys):
+    backbone = {"model_type": "vit", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
+    path = config("ablation", paradigm="adapter", backbone_config=backbone, adapter_config={"reduction": 2},
+                  num_episodes=2, test_episodes=2, validate_every=2, motion_reduction=8)  # fmt: skip
+    names = ["both", "LoRA of equal size", "frozen backbone, OTAM"]
+
+    def run_ablation(*options):
+        classes = (DataArguments, ModelArguments, TrainArguments, ablate.AblationArguments)
+        ablate.main(*parse_arguments(classes, ["--config", str(path), *options]))
+        return [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+
+    rows = run_ablation("--only", *names, "--seeds", "0", "1")
+    assert [row[0] for row in rows] == [f"| {name}" for name in names]
+    mga, lora, frozen = (int(row[1].replace(",", "")) for row in rows)
+    assert mga >= lora > mga / 2 and frozen == 0
+    assert all("±" in row[2] and row[3].count(",") == 1 and row[4] == "4 |" for row in rows)  # 2 seeds of 2 episodes
+    metrics = sorted(tmp_path.glob("ablation/*/*/metrics.json"))
+    written = [file.stat().st_mtime_ns for file in metrics]
+    assert len(metrics) == 6 and run_ablation("--only", *names, "--seeds", "0", "1") == rows
+    assert [file.stat().st_mtime_ns for file in metrics] == written  # nothing was trained again
+    with pytest.raises(ValueError, match=r"no variant 'no mixer'; there are both, Smga alone"):
+        run_ablation("--only", "no mixer")
+
+
 class TestBadInput:
     def test_resuming_another_run(self, config, tmp_path, finished):
         path = config("other", output_dir=str(finished[0]))
@@ -275,6 +368,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"no split 'validation', only train"):
             run(config("no_split", dataset="folder", videos=str(tmp_path / "videos")))
 
+    def test_a_tracker_that_is_not_installed(self, config):
+        installed = set(map(str, get_available_trackers()))
+        name = next((name for name in ("tensorboard", "wandb", "trackio") if name not in installed), None)
+        if name is None:
+            pytest.skip("all trackers are installed")
+        with pytest.raises(ValueError, match=f"report_to='{name}' is not installed"):
+            run(config("untracked"), "--report_to", name)
+
     def test_nothing_to_resume(self, config):
         with pytest.raises(FileNotFoundError, match=r"nothing to resume.*leave out --resume"):
             run(config("empty"), "--resume")
@@ -285,6 +386,9 @@ class TestBadInput:
         newest = sorted((tmp_path / "incomplete" / "checkpoints").iterdir())[-1]
         (newest / "optimizer.bin").unlink()
         with pytest.raises(FileNotFoundError, match=r"episode-000000008 is not complete.*remove that folder"):
+            run(path, "--resume")
+        shutil.rmtree(tmp_path / "incomplete" / "best")
+        with pytest.raises(FileNotFoundError, match=r"best is missing, the best model of this run: put it back"):
             run(path, "--resume")
 
     def test_more_processes_than_episodes(self, config):
@@ -308,6 +412,8 @@ class TestBadInput:
             (["--shot", "3"], r"3 shots and 1 queries a class need 4"),
             (["--num_episodes", "7"], r"num_episodes must be a multiple of episodes_per_step=2, got 7"),
             (["--optimizer", "adam"], r"optimizer must be adamw or sgd, got 'adam'"),
+            (["--report_to", "paper"], r"report_to must be tensorboard, wandb, trackio or none, got 'paper'"),
+            (["--mixed_precision", "fp8"], r"mixed_precision must be no, fp16 or bf16, got 'fp8'"),
         ],
     )
     def test_arguments(self, config, options, message):

@@ -17,7 +17,7 @@ from torch import nn
 
 NUM_FRAMES = 8
 OURS = "dmgal_hf"
-PARTS = ("head", "growth", "adapter", "support", "data", "load")
+PARTS = ("head", "growth", "adapter", "support", "data", "load", "train")
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmark.py"
 
 
@@ -60,11 +60,16 @@ class BenchmarkArguments:
 
 @dataclass(frozen=True)
 class Run:
-    """What is timed, and the module whose dropout is off while outputs are compared."""
+    """
+    What is timed, and the module whose dropout is off while outputs are compared. `describe` makes further facts of
+    the median of the seconds; `close` is called at the end.
+    """
 
     call: Callable[[], Any]
     module: nn.Module | None = None
     note: str = ""
+    describe: Callable[[float], dict[str, Any]] = lambda seconds: {}
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,11 @@ def measure_group(group: Group, arguments: BenchmarkArguments) -> dict[str, Any]
     rows = []
     for name, run in runs.items():
         ratio = statistics.median(mine / base for mine, base in zip(seconds[name], seconds[first]))
-        row = {"name": name, "median_seconds": statistics.median(seconds[name]), "seconds": seconds[name]}
-        rows.append({**row, "time_ratio": ratio, **facts[name], "note": run.note})
-    del runs
+        median = statistics.median(seconds[name])
+        row = {"name": name, "median_seconds": median, "seconds": seconds[name], "time_ratio": ratio}
+        rows.append({**row, **facts[name], **run.describe(median), "note": run.note})
+        run.close()
+    del run, runs
     gc.collect()
     if group.memory and arguments.memory:
         for row in rows:

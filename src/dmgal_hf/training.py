@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
 
 def build_accelerator(arguments: TrainArguments) -> Accelerator:
     """The accelerator of a run: it accumulates so that a step has `episodes_per_step` episodes over all processes."""
-    if arguments.report_to != "none" and arguments.report_to not in get_available_trackers():
+    if arguments.report_to != "none" and arguments.report_to not in map(str, get_available_trackers()):
         raise ValueError(
             f"report_to={arguments.report_to!r} is not installed: `pip install {arguments.report_to}`, or use none."
         )
@@ -323,26 +324,19 @@ class TrainingRun:
             unit="episode",
             disable=not self.accelerator.is_main_process,
         )
-        records, waited, started = [], 0.0, time.perf_counter()
         batches = iter(self._loader() if progress.episodes < arguments.num_episodes else ())
         self.learner.train()
         while progress.episodes < arguments.num_episodes:
-            before = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - before
-            records.append(self._forward_backward(batch))
-            if not self.accelerator.sync_gradients:
-                continue
-            record = self._step(records, stop)
+            started = time.perf_counter()
+            record, waited = self.step(batches, stop)
             progress.episodes += arguments.episodes_per_step
             now = time.perf_counter()
             record |= {
                 "episodes": progress.episodes,
                 "episodes_per_second": arguments.episodes_per_step / (now - started),
                 "data_wait_share": waited / (now - started),
-                "memory_gib": _memory(self.accelerator.device),
+                "memory_gib": memory_in_use(self.accelerator.device),
             }
-            records, waited = [], 0.0
             self.accelerator.log(record, step=progress.episodes)
             progress.history.append(record)
             bar.update(arguments.episodes_per_step)
@@ -352,7 +346,6 @@ class TrainingRun:
                 accuracy=f"{sum(r['accuracy'] for r in recent) / len(recent):.1f}",
             )
             self._milestones(stop)
-            started = time.perf_counter()
         bar.close()
 
     def _forward_backward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, list[str]]:
@@ -366,7 +359,22 @@ class TrainingRun:
         broken = torch.full_like(accuracy, len(batch["broken"]))
         return torch.stack([loss.detach().float(), 100 * accuracy, broken]), batch["broken"]
 
-    def _step(self, records: list[tuple[torch.Tensor, list[str]]], stop: StopSignal) -> dict[str, float]:
+    def step(self, batches: Iterator[dict[str, Any]], stop: StopSignal) -> tuple[dict[str, float], float]:
+        """
+        One step of the optimizer.
+
+        Returns:
+            What there is to log, and the seconds that were spent waiting for data.
+        """
+        records, waited = [], 0.0
+        while not records or not self.accelerator.sync_gradients:
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            records.append(self._forward_backward(batch))
+        return self._update(records, stop), waited
+
+    def _update(self, records: list[tuple[torch.Tensor, list[str]]], stop: StopSignal) -> dict[str, float]:
         """Updates the weights after the last backward pass of a step."""
         arguments, progress = self.arguments, self.progress
         values = torch.stack([values for values, _ in records]).mean(0)
@@ -514,7 +522,7 @@ def _passed(episodes: int, every: int, step: int) -> bool:
     return episodes // every > (episodes - step) // every
 
 
-def _memory(device: torch.device) -> float:
+def memory_in_use(device: torch.device) -> float:
     """Memory in GiB: the peak of the GPU where there is one, else what the process holds."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
