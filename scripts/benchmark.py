@@ -5,8 +5,9 @@ medians, and the median of each round's ratio to the first contender of the grou
 what rests in memory before it, each contender in a process of its own. Where contenders compute the same thing, their
 outputs are compared before the clock runs.
 
-Parts: head (S-MGA, mixer, C-MGA), adapter (MGA in a frozen ViT), support (kept supports), data (frames, cache, lists),
-train (steps of training in processes of accelerate).
+Parts: head (S-MGA, mixer, C-MGA), growth (C-MGA as episodes grow; `--plot FILE` draws it), adapter (MGA in a frozen
+ViT), support (kept supports), data (frames, cache, lists), load (from_pretrained), train (steps of
+training in processes of accelerate).
 Contenders that are not installed are named at the end: decord, torchcodec, and the authors' modules, which
 `--reference DIR` takes from a checkout of their repository. The code in that checkout is run.
 """
@@ -24,7 +25,9 @@ import torch
 
 from benchmarks.adapter import adapter_groups
 from benchmarks.data import data_groups
+from benchmarks.growth import growth_groups, plot_growth
 from benchmarks.head import head_groups
+from benchmarks.load import load_groups
 from benchmarks.measuring import BenchmarkArguments, measure_group, measure_memory
 from benchmarks.support import support_groups
 from benchmarks.train import train_groups
@@ -33,9 +36,11 @@ from dmgal_hf.arguments import parse_arguments
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "av", "numpy", "decord", "torchcodec")
 GROUPS = {
     "head": head_groups,
+    "growth": growth_groups,
     "adapter": adapter_groups,
     "support": support_groups,
     "data": data_groups,
+    "load": load_groups,
     "train": train_groups,
 }
 
@@ -132,6 +137,8 @@ def main(arguments: BenchmarkArguments) -> None:
             print(measure_memory(arguments.measure_memory, groups, arguments.device))
             return
         result = run_benchmark(arguments)
+    if arguments.plot is not None:
+        plot_growth(result["parts"]["growth"]["groups"], arguments.plot)
     if arguments.json is not None:
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

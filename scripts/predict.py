@@ -14,7 +14,8 @@ from typing import Any
 from transformers import pipeline
 
 from dmgal_hf.arguments import parse_arguments
-from dmgal_hf.pipeline import ABOUT_FILE, TASK, FewShotVideoClassificationPipeline
+from dmgal_hf.pipeline import TASK, FewShotVideoClassificationPipeline
+from dmgal_hf.support_sets import ABOUT_FILE
 from dmgal_hf.video_decoding import VideoDecodeError
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")

@@ -1,5 +1,5 @@
 """Uploads a finished run: `python scripts/push_to_hub.py --output_dir RUN --repo_id org/name [--private]
-[--revision R] [--dry_run]`. The token is that of `hf auth login` or `HF_TOKEN`.
+[--revision R] [--adapter_only] [--dry_run]`. The token is that of `hf auth login` or `HF_TOKEN`.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,9 @@ class PushArguments:
     repo_id: str = field(metadata={"help": "Repository: name or organisation/name."})
     private: bool = field(default=False, metadata={"help": "Only you can see the repository."})
     revision: str | None = field(default=None, metadata={"help": "Branch, by default main; made where there is none."})
+    adapter_only: bool = field(
+        default=False, metadata={"help": "Paradigm adapter: the adapters alone, for peft and the backbone they fit."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Print the list of files and the card, upload nothing."})
 
 

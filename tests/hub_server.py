@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -76,9 +77,16 @@ class LocalHub:
         repos (`dict[tuple[str, str], Repo]`): by kind ("models", "datasets") and id.
         drop_after (`dict[str, int]`): the next download of a file with this name is cut off after so many bytes.
         downloads (`list[tuple[str, str | None]]`): file name and Range header of every GET of a file's content.
+        received (`int`): bytes of the bodies of all requests.
+
+    Args:
+        may_upload (`Callable[[str, str, bytes], bool]`, *optional*): asked with kind, path and content of every file
+            of a commit; the commit is refused where it says no.
     """
 
-    def __init__(self):
+    def __init__(self, may_upload: Callable[[str, str, bytes], bool] = lambda kind, path, content: True):
+        self.may_upload = may_upload
+        self.received = 0
         self.repos: dict[tuple[str, str], Repo] = {}
         self.storage: dict[str, bytes] = {}
         self.drop_after: dict[str, int] = {}
@@ -126,6 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, method: str):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.hub.received += len(self.body)
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         try:
@@ -324,10 +333,12 @@ class _Handler(BaseHTTPRequestHandler):
             key, value = item["key"], item["value"]
             if key == "header" and value.get("parentCommit") not in (None, parent):
                 raise HubError(412, None, "A commit has happened since. Please refresh and try again.")
-            if key == "file":
-                files[value["path"]] = Blob(base64.b64decode(value["content"]), is_lfs=False)
-            elif key == "lfsFile":
-                files[value["path"]] = Blob(self.hub.storage[value["oid"]], is_lfs=True)
+            if key in ("file", "lfsFile"):
+                is_lfs = key == "lfsFile"
+                content = self.hub.storage[value["oid"]] if is_lfs else base64.b64decode(value["content"])
+                if not self.hub.may_upload(kind, value["path"], content):
+                    raise HubError(403, None, f"{value['path']} must not be uploaded")
+                files[value["path"]] = Blob(content, is_lfs)
             elif key == "deletedFile":
                 del files[value["path"]]
             elif key == "deletedFolder":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from dmgal_hf.arguments import parse_arguments
 from dmgal_hf.video_decoding import segment_indices
@@ -62,6 +63,20 @@ def test_head(benchmark, tmp_path, capsys):
     assert any("--reference" in skipped for skipped in result["parts"]["head"]["skipped"])
 
 
+def test_growth(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "growth", tmp_path, "--plot", str(tmp_path / "growth.png"))
+    check_structure(result, "growth", capsys.readouterr().out)
+    assert len(groups) == 4
+    for name, rows in groups.items():
+        axis = name.removeprefix("C-MGA against ").split(": ")[0]
+        sizes = [int(row.split(",")[0].removeprefix(axis)) for row in rows]
+        assert sizes == sorted(sizes) and len(set(sizes)) == 2
+        for row in rows:
+            if row.endswith("plain PyTorch"):
+                assert rows[row]["difference"] < 2e-5
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_adapter(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "adapter", tmp_path)
     check_structure(result, "adapter", capsys.readouterr().out)
@@ -75,9 +90,12 @@ def test_adapter(benchmark, tmp_path, capsys):
 def test_support(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "support", tmp_path)
     check_structure(result, "support", capsys.readouterr().out)
+    streams = groups.pop("ResNet-50, DMGAL-FT: windows of 2 s every 0.5 s")
+    assert streams["one pass over its sampled frames"]["note"] == "24 of 180 frames"
+    assert streams["stream"]["note"] == "9 windows"
     assert len(groups) == 2
     for rows in groups.values():
-        assert rows["one query, kept supports"]["difference"] < 1e-5
+        assert rows["one query, kept 5-way 5-shot supports"]["difference"] < 1e-5
         assert "difference" not in rows["the backbone on one video"]
 
 
@@ -93,6 +111,16 @@ def test_data(benchmark, tmp_path, capsys):
     assert cache["raw cache"]["grey_levels"] == 0 < cache["JPEG cache"]["grey_levels"]
     assert cache["JPEG cache"]["wrong_frames"] == 0
     assert groups["data loader over episodes"]["2 workers"]["difference"] == 0
+
+
+def test_load(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "load", tmp_path, "--folder", str(tmp_path / "made"))
+    check_structure(result, "load", capsys.readouterr().out)
+    assert len(groups) == 4
+    for rows in groups.values():
+        sizes = [float(row["note"].removeprefix("weights ").removesuffix(" MB")) for row in rows.values()]
+        assert sizes[1] > sizes[0] > 0
+    assert AutoModel.from_pretrained(tmp_path / "made" / "clip-small-dmgal").config.paradigm == "adapter"
 
 
 def test_train(benchmark, tmp_path, capsys):
@@ -181,7 +209,8 @@ def test_classes_of_the_reference_are_taken_alone(benchmark, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--only", "heads"], r"only must name parts out of head, adapter, support, data, train, got \['heads'\]"),
+        (["--only", "heads"], r"only must name parts out of head, growth, adapter, .*, got \['heads'\]"),
+        (["--only", "head", "--plot", "growth.png"], "only is head: add growth"),
         (["--repeats", "0"], "repeats must be at least 1, got 0"),
         (["--threads", "-1"], "threads must be at least 1, got -1"),
         (["--device", "mps"], "device must be cpu or cuda, got 'mps'"),

@@ -14,8 +14,11 @@ import pytest
 from datasets import ClassLabel, DatasetDict, Video
 from huggingface_hub import constants
 
+from dmgal_hf.arguments import DataArguments, parse_arguments
 from dmgal_hf.data import splits as splits_module
 from dmgal_hf.data.benchmarks import find_videos, load_benchmark, load_video_folder, scan_videos
+from dmgal_hf.data.loading import load_videos
+from dmgal_hf.data.preparation import describe_source
 from dmgal_hf.data.splits import BENCHMARKS, read_split_lists
 
 # The authors' lists are not ours to ship; where a copy lies beside the checkout, the tests read it.
@@ -311,8 +314,16 @@ def test_folders_and_names_that_are_not_there(ssv2, tmp_path):
         load_benchmark("ssv2", videos, splits=lists)
     with pytest.raises(FileNotFoundError, match="absent"):
         load_benchmark("ssv2-full", tmp_path / "absent", splits=lists)
-    with pytest.raises(NotADirectoryError, match=r"frames\.zip is a file.*unpack"):
-        load_benchmark("ssv2-full", touch(tmp_path, "frames.zip") / "frames.zip", splits=lists)
+    for name in ("frames.zip", "frames.tar"):
+        with pytest.raises(NotADirectoryError, match=rf"{name} is a file and no readable zip archive.*unpack"):
+            load_benchmark("ssv2-full", touch(tmp_path, name) / name, splits=lists)
+    with zipfile.ZipFile(tmp_path / "videos.zip", "w"):
+        pass
+    with pytest.raises(FileNotFoundError, match=r"no folder 'absent' in the zip archive .*videos\.zip"):
+        load_benchmark("ssv2-full", tmp_path / "videos.zip#" / "absent", splits=lists)
+    (tmp_path / "videos.zip").rename(tmp_path / "videos.bin")
+    with pytest.raises(NotADirectoryError, match=r"videos\.bin is a zip archive by another name"):
+        load_benchmark("ssv2-full", tmp_path / "videos.bin", splits=lists)
 
 
 # ---- names for the numbered classes of SSv2
@@ -348,6 +359,14 @@ def test_ssv2_classes_get_their_names(ssv2, label_files):
     for split, dataset in plain.items():
         assert named[split]["label"][:] == dataset["label"][:]
         assert named[split]["video_id"][:] == dataset["video_id"][:]
+
+
+def test_label_files_on_the_command_line(ssv2, label_files):
+    videos, lists = ssv2
+    options = ["--dataset", "ssv2-full", "--videos", videos, "--splits", lists, "--class_labels", *label_files]
+    (arguments,) = parse_arguments((DataArguments,), [str(option) for option in options])
+    assert load_videos(arguments)["test"].features["label"].names[0] == "Doing train8 to something, slowly"
+    assert describe_source(arguments)["class_labels"] == [str(path) for path in label_files]
 
 
 def test_numeric_ids_and_labels_without_templates(ssv2, tmp_path):
@@ -489,6 +508,54 @@ def test_frames_in_folders_and_zips_are_clips(tmp_path):
     assert datasets["test"]["video_id"][0].endswith("/clip 1") and datasets["test"]["video_id"][1].endswith(
         "/clip 2.zip"
     )
+
+
+def zip_folder(folder, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder.parent))
+    return path
+
+
+@pytest.mark.parametrize(
+    "name_of",
+    [
+        lambda class_name, video_id: f"{class_name}/{video_id}/00001.jpg",
+        lambda class_name, video_id: f"{video_id}/00001.jpg",
+        lambda class_name, video_id: f"{class_name}/{video_id}.avi",
+    ],
+    ids=["frames by class", "frames", "videos"],
+)
+def test_a_benchmark_in_one_archive_is_that_in_a_folder(tmp_path, name_of):
+    lists = write_lists(tmp_path / "lists", UCF)
+    videos = touch_listed(tmp_path / "UCF 101", UCF, name_of)
+    packed = zip_folder(videos, tmp_path / "frames.zip")
+    from_folder, from_zip = (load_benchmark("ucf101", place, splits=lists) for place in (videos, packed))
+    for split, dataset in from_folder.items():
+        assert from_zip[split].features == dataset.features
+        assert from_zip[split]["label"][:] == dataset["label"][:]
+        assert from_zip[split]["video_id"][:] == dataset["video_id"][:]
+        inside = [path.replace(str(videos), f"{packed}#/UCF 101") for path in (v["path"] for v in dataset["video"])]
+        assert [video["path"] for video in from_zip[split]["video"]] == inside
+
+    next(videos.rglob("v_YoYo_g01_c02*")).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"1 of 6 videos of ucf101 are missing in .*frames\.zip#/, in 1 class"):
+        load_benchmark("ucf101", zip_folder(videos, packed), splits=lists)
+
+
+def test_a_folder_of_videos_in_an_archive_is_that_outside(tmp_path):
+    names = [f"{name}/{clip}" for name in ("run", "sit", "a jump") for clip in ("1.mp4", "2/0001.png", "x/3.webm")]
+    videos = touch(tmp_path / "videos", *names, ".DS_Store", "run/.trash/a.mp4")
+    packed = f"{zip_folder(videos, tmp_path / 'all.zip')}#/videos"
+    outside, inside = load_video_folder(videos), load_video_folder(packed)
+    for split, dataset in outside.items():
+        assert inside[split]["video_id"][:] == dataset["video_id"][:]
+        assert inside[split]["label"][:] == dataset["label"][:]
+    assert inside["test"][0]["video"]["path"].startswith(f"{packed}/")
+    touch(videos, "run/notes.txt")
+    (videos / "sit" / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"2 entries of .*#/videos are no video: run/notes\.txt, sit/empty"):
+        load_video_folder(f"{zip_folder(videos, tmp_path / 'all.zip')}#/videos")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 import json
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_from_disk
+from hub_server import TOKEN, LocalHub
 
 from dmgal_hf.data import episodes as episodes_module
 from dmgal_hf.data.episodes import EpisodeSource, check_episodes, episodes_id, load_episodes, sample_episodes
@@ -258,6 +261,27 @@ def test_saved_lists_come_back(episodes, tmp_path):
         assert episodes_id(loaded) == name
         assert loaded.info.description == (episodes.info.description if keeps_origin else "")
     assert load_from_disk(tmp_path / "saved").info.description == episodes.info.description
+
+
+SHARE = """
+from dmgal_hf.data.episodes import episodes_id, load_episodes, sample_episodes
+
+labels = [row % 6 for row in range(60)]
+sample_episodes(labels, way=3, shot=2, query=1, num_episodes=12, seed=8).push_to_hub("org/episodes")
+print(episodes_id(load_episodes("org/episodes", labels)))
+"""
+
+
+def test_a_list_comes_back_from_the_hub(tmp_path, monkeypatch):
+    with LocalHub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("HF_HOME", str(tmp_path))
+        done = subprocess.run([sys.executable, "-c", SHARE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    drawn = sample_episodes([row % 6 for row in range(60)], way=3, shot=2, query=1, num_episodes=12, seed=8)
+    assert done.stdout.strip() == episodes_id(drawn)
 
 
 def test_lists_that_cannot_be_loaded(episodes, tmp_path):

@@ -207,11 +207,36 @@ def test_modules_match_plain_versions(fields, training):
 def test_described_queries_are_the_means_of_their_maps():
     module = random_module(CrossMotionAttention(make_config(motion_reduction=4), 16)).eval()
     support, query = torch.randn(2, 3, 4, 16, 4, 5), torch.randn(2, 2, 4, 16, 4, 5)
-    _, keys = module.encode_support(support)
-    maps, attention = module.attend(query, keys)
-    described, same_attention = module.describe(query, keys)
+    support_described, keys = module.encode_support(support)
+    support_maps, maps, attention = module(support, query)
+    torch.testing.assert_close(support_described, support_maps.mean((-1, -2)), atol=1e-5, rtol=1e-5)
+    described, same_attention = module.describe(query, keys, output_attentions=True)
     torch.testing.assert_close(described, maps.mean((-1, -2)), atol=1e-5, rtol=1e-5)
     assert torch.equal(attention, same_attention)
+    described, none = module.describe(query, keys)
+    torch.testing.assert_close(described, maps.mean((-1, -2)), atol=1e-5, rtol=1e-5)
+    assert none is None
+
+
+def test_queries_that_take_turns_get_the_same_descriptors_and_gradients(monkeypatch):
+    module = random_module(CrossMotionAttention(make_config(motion_reduction=4, attention_dropout=0), 16))
+    support, query = torch.randn(2, 3, 4, 16, 4, 5), torch.randn(2, 5, 4, 16, 4, 5)
+
+    def describe_and_differentiate():
+        leaves = [support.clone().requires_grad_(), query.clone().requires_grad_(), *module.parameters()]
+        described, _ = module.describe(leaves[1], module.encode_support(leaves[0])[1])
+        return described, torch.autograd.grad(described.square().sum(), leaves)
+
+    together, gradients = describe_and_differentiate()
+    sizes = []
+    attention_of = module._attention
+    monkeypatch.setattr(module, "_attention", lambda *args: sizes.append(args[0].shape[3]) or attention_of(*args))
+    # One query of these has 2 directions x 2 episodes x 4 frames x 20 patches x 60 patches of the supports.
+    monkeypatch.setattr("dmgal_hf.motion_attention.SCORES_AT_A_TIME", 2 * 2 * 2 * 4 * 20 * 60)
+    in_turns, same_gradients = describe_and_differentiate()
+    assert sizes[:3] == [2, 2, 1] and sorted(sizes[3:]) == [1, 2, 2]  # forward, then anew for the gradients
+    torch.testing.assert_close(in_turns, together)
+    torch.testing.assert_close(same_gradients, gradients, atol=1e-3, rtol=1e-4)
 
 
 @torch.no_grad()

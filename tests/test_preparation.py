@@ -1,5 +1,6 @@
 """Prepared folders of real videos: what they hold, and that reading from them is reading from the files."""
 
+import io
 import json
 import os
 import resource
@@ -9,14 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 from huggingface_hub.utils import WeakFileLock
+from PIL import Image as PilImage
+from torch.utils.data import DataLoader
 
 from dmgal_hf.arguments import DataArguments
 from dmgal_hf.data import (
@@ -24,6 +28,7 @@ from dmgal_hf.data import (
     EpisodeSource,
     EpisodeVideos,
     check_episodes,
+    collate_episodes,
     load_video_folder,
     sample_episodes,
 )
@@ -292,6 +297,46 @@ def test_folder_of_frames_is_a_video(tmp_path):
     assert torch.equal(found, resize_short_side(read_frames(clip, 4), SHORT_SIDE))
     (clip / "3.png").unlink()
     assert prepare(tmp_path / "videos", tmp_path / "out", frames="raw")["read_now"] == 1
+
+
+def test_archive_of_frames_is_prepared_and_added_to(tmp_path):
+    clips = {}
+    for split, name in (("train", "bend"), ("test", "kick")):
+        for k in range(2):
+            decoded = av.open(str(write_clip(tmp_path / "source.mp4", k, 4))).decode(video=0)
+            clips[f"{split}/{name}/{k}"] = [frame.to_ndarray(format="rgb24") for frame in decoded]
+
+    def pack(names):
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+            for name in names:
+                for number, frame in enumerate(clips[name]):
+                    file = io.BytesIO()
+                    PilImage.fromarray(frame).save(file, "PNG")
+                    archive.writestr(f"{name}/{number}.png", file.getvalue())
+
+    pack(list(clips)[:3])
+    root = tmp_path / "all.zip"
+    assert prepare(root, tmp_path / "out", frames="raw")["read_now"] == 3
+    pack(clips)  # the file is new as a whole, of its clips one is
+    report = prepare(root, tmp_path / "out", frames="raw", num_proc=2)
+    assert (report["read_now"], report["kept"], report["broken"]) == (1, 3, [])
+    original, dataset = load_video_folder(root), load_prepared(tmp_path / "out")
+    for split in original:
+        for one, cached in zip(original[split], dataset[split], strict=True):
+            name = f"{split}/{one['video_id']}"
+            assert torch.equal(
+                read_frames(one["video"], 4), torch.from_numpy(np.stack(clips[name])).permute(0, 3, 1, 2)
+            )
+            assert torch.equal(
+                read_frames(cached["video"], 4), resize_short_side(read_frames(one["video"], 4), SHORT_SIDE)
+            )
+    episodes = sample_episodes([0, 0, 1, 1], 2, 1, 1, 3)
+    videos = concatenate_datasets([original["train"], original["test"]])
+    loader = DataLoader(
+        EpisodeVideos(videos, episodes, DmgalVideoProcessor(num_frames=4, size=48, crop_size=48)),
+        batch_size=1, num_workers=2, collate_fn=collate_episodes,
+    )  # fmt: skip
+    assert [batch["query_pixel_values"].shape for batch in loader] == [(1, 2, 4, 3, 48, 48)] * 3
 
 
 def without_places(output):

@@ -221,6 +221,14 @@ def test_packets_without_a_picture_are_not_counted(tmp_path):
     assert_reads_as(path, reference)
 
 
+def test_picture_that_ends_in_half_a_header(tmp_path):
+    chunks = mpeg4_pictures(2)
+    chunks[7] += VOP  # what type of picture begins here is not told
+    keys = {k for k, chunk in enumerate(chunks) if vop_type(chunk) == "I"}
+    path = write_packets(tmp_path / "cut.avi", "mpeg4", chunks, keys)
+    assert_reads_as(path, decode_all(path))
+
+
 def test_header_that_promises_more_frames(tmp_path):
     path = write(tmp_path / "lies.avi", "mpeg4", max_b_frames=2)
     data = bytearray(path.read_bytes())
@@ -457,6 +465,88 @@ def test_extracted_frames_in_a_folder_or_a_zip(tmp_path):
     Image.fromarray(picture(4, (32, 48))).save(folder / "img_4.jpg")
     with pytest.raises(VideoDecodeError, match=r"img_4\.jpg.*\(32, 48\)"):
         read_frames(folder, 12)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """One zip of a whole data set: extracted frames, packed both ways, and a video file; the numbers count down in
+    the file, and only their natural order is that of the clip."""
+    root = tmp_path_factory.mktemp("archive")
+    video = write(root / "a.mp4", gop_size=10)
+    with zipfile.ZipFile(root / "all.zip", "w") as packed:
+        packed.mkdir("frames/run")
+        for clip, method in (("b c", zipfile.ZIP_STORED), ("d,e#1", zipfile.ZIP_DEFLATED)):
+            for number in reversed(range(12)):
+                file = io.BytesIO()
+                Image.fromarray(picture(number)).save(file, "PNG")
+                packed.writestr(f"frames/run/{clip}/img_{number}.png", file.getvalue(), method)
+            packed.writestr(f"__MACOSX/frames/run/{clip}/._img_0.png", b"no picture")
+        packed.writestr("frames/run/b c/.hidden.png", b"no picture")
+        packed.write(video, "frames/run/f.mp4")
+    return root / "all.zip"
+
+
+@pytest.mark.parametrize("clip", ["b c", "d,e#1"])
+def test_frames_in_one_archive_of_many_clips(archive, clip):
+    path = f"{archive}#/frames/run/{clip}"
+    assert_reads_as(path, np.stack([picture(k) for k in range(12)]))
+    assert probe_video(path).fps is None
+
+
+def test_video_file_in_an_archive(archive):
+    path, video = f"{archive}#/frames/run/f.mp4", archive.with_name("a.mp4")
+    assert torch.equal(read_frames({"path": path, "bytes": None}, 5), read_frames(video, 5))
+    assert probe_video(path) == probe_video(video)
+
+
+def test_forked_processes_and_threads_share_an_archive(archive):
+    paths = [f"{archive}#/frames/run/{clip}" for clip in ("b c", "d,e#1", "f.mp4")] * 6
+    expected = [read_bytes(path) for path in paths]  # here, first: what is forked inherits the open state
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(read_bytes, paths) == expected
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read_bytes, paths)) == expected
+
+
+def test_archive_that_is_replaced_is_read_anew(tmp_path):
+    for number in (3, 5):
+        file = io.BytesIO()
+        Image.fromarray(picture(number)).save(file, "PNG")
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as packed:
+            packed.writestr("a/1.png", file.getvalue())
+            packed.writestr("padding", b" " * number)
+        assert number_in(as_images(read_frames(f"{tmp_path}/all.zip#/a", 1))[0]) == number
+
+
+def test_what_cannot_be_read_from_an_archive(archive, tmp_path):
+    path = f"{archive}#/frames/run"
+    with pytest.raises(
+        VideoDecodeError, match=r"run/g: cannot be opened \(the archive .*all\.zip holds no 'frames/run/g'"
+    ):
+        read_frames(f"{path}/g")
+    with pytest.raises(VideoDecodeError, match=r"frames/run: holds no \.jpg"):
+        read_frames(path)
+    with pytest.raises(VideoDecodeError, match=r"gone\.zip#/a: cannot be opened"):
+        read_frames(tmp_path / "gone.zip#/a")
+    with pytest.raises(IndexError, match=r"b c: frame 12 asked for"):
+        read_frames_at(f"{path}/b c", [12])
+
+    data = bytearray(archive.read_bytes())
+    with zipfile.ZipFile(archive) as packed:
+        places = {
+            name: packed.getinfo(f"frames/run/{name}").header_offset for name in ("b c/img_3.png", "d,e#1/img_0.png")
+        }
+    data[places["b c/img_3.png"] + 200] ^= 1
+    data[places["d,e#1/img_0.png"] + 6] |= 1  # the flag of encryption
+    (tmp_path / "bad.zip").write_bytes(data)
+    bad = f"{tmp_path}/bad.zip#/frames/run"
+    assert number_in(as_images(read_frames_at(f"{bad}/b c", [4]))[0]) == 4
+    for clip, problem in (("b c", "wrong checksum"), ("d,e#1", "encrypted")):
+        with pytest.raises(VideoDecodeError, match=rf"{clip}: cannot be unpacked \({problem}"):
+            read_frames(f"{bad}/{clip}", 12)
+    (tmp_path / "bad.zip").write_bytes(data[:-100])
+    with pytest.raises(VideoDecodeError, match=r"cannot be opened .*not a zip file"):
+        read_frames(f"{bad}/b c")
 
 
 def test_probe(tmp_path):

@@ -240,6 +240,26 @@ def test_only_bi_mhm_matches_frames(processor, episode, alignment):
     assert all("support" not in line.get_label() for line in axes["distances"].lines)
 
 
+@pytest.mark.parametrize("make", [make_model, make_adapter_model])
+def test_episode_sheet_of_kept_supports_is_the_same(processor, make):
+    processor.size = {"height": 32, "width": 32}
+    episode = processor(support={"a": [make_video(0), make_video(1)], "b": [make_video(2)]}, query=[make_video(3)])
+    model, counts = make(), []
+    with torch.no_grad():
+        kept = model.encode_support(episode["support_pixel_values"], episode["support_labels"])
+    expected = draw(plot_episode(model, processor, episode))
+    model.backbone.register_forward_hook(lambda module, args, output: counts.append(len(output.last_hidden_state)))
+    sheet = draw(plot_episode(model, processor, episode, kept_support=kept))
+    assert counts == [FRAMES]
+    for axes in (sheet, expected):
+        axes["widths"] = [bar.get_width() for bar in axes["scores"].patches]
+        axes["matrix"] = axes["distances"].images[0].get_array()
+    assert sheet["widths"] == pytest.approx(expected["widths"], abs=1e-5)
+    np.testing.assert_allclose(sheet["matrix"], expected["matrix"], atol=1e-5)
+    with pytest.raises(ValueError, match="other labels than the supports"):
+        plot_episode(model, processor, episode, kept_support=kept.select([0, 2]))
+
+
 def test_a_model_in_training_is_left_as_it_was(processor, episode):
     model = make_model()
     expected = image(plot_self_attention(model, processor, make_video(0)).axes[-2])

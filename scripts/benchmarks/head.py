@@ -42,8 +42,8 @@ class Head(nn.Module):
         return self.cross(support, query)
 
     def cross(self, support: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        maps, keys = self.cross_attention.encode_support(support[None])
-        return maps[0].mean((-1, -2)), self.cross_attention.describe(query[None], keys)[0][0]
+        descriptors, keys = self.cross_attention.encode_support(support[None])
+        return descriptors[0], self.cross_attention.describe(query[None], keys)[0][0]
 
     def cross_all_maps(self, support: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole new maps of the queries, as the equations have them, and their mean afterwards."""
@@ -185,14 +185,19 @@ def has_fast_bfloat16(device: str) -> bool:
 
 
 def prepare_head(arguments: BenchmarkArguments, kind: str, method: str, training: bool, bfloat16: bool) -> Run:
-    """Trains as DMGAL-FT does, where the maps come from a backbone that needs their gradient."""
     head, maps = _head_and_maps(arguments.small, arguments.device)
-    device_type = torch.device(arguments.device).type
     makers = {OURS: lambda: head, "plain": lambda: PlainHead(head)}
     makers["authors"] = lambda: OfficialHead(head, arguments.reference).to(arguments.device)
-    module = makers[kind]().train(training)
-    maps = [one.clone().requires_grad_(training) for one in maps]
+    return call_head(makers[kind](), method, maps, training, arguments.device, bfloat16)
+
+
+def call_head(
+    module: nn.Module, method: str, maps: list[torch.Tensor], training: bool, device: str, bfloat16: bool = False
+) -> Run:
+    """Trains as DMGAL-FT does, where the maps come from a backbone that needs their gradient."""
+    maps = [one.clone().requires_grad_(training) for one in maps] if training else maps
     weights = [*maps, *module.parameters()]
+    device_type = torch.device(device).type
 
     def call():
         module.train(training)  # ours and the plain one share their weights, and so this state

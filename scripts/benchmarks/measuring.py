@@ -17,7 +17,7 @@ from torch import nn
 
 NUM_FRAMES = 8
 OURS = "dmgal_hf"
-PARTS = ("head", "adapter", "support", "data", "train")
+PARTS = ("head", "growth", "adapter", "support", "data", "load", "train")
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmark.py"
 
 
@@ -35,7 +35,10 @@ class BenchmarkArguments:
     memory: bool = field(default=True, metadata={"help": "Measure peak memory; each takes a process and its start."})
     reference: str | None = field(default=None, metadata={"help": "Checkout of ReverseSuzhou/DMGAL, for head."})
     json: str | None = field(default=None, metadata={"help": "Write everything measured into this JSON file."})
-    folder: str | None = field(default=None, metadata={"help": "Keep the made videos here; by default none stays."})
+    plot: str | None = field(default=None, metadata={"help": "Draw the curves of growth into this PNG file."})
+    folder: str | None = field(
+        default=None, metadata={"help": "Keep the made videos and checkpoints here; by default none stays."}
+    )
     measure_memory: str | None = field(
         default=None, metadata={"help": "GROUP|CONTENDER: print the bytes that its first call adds, nothing else."}
     )
@@ -44,6 +47,8 @@ class BenchmarkArguments:
         unknown = [part for part in self.only if part not in PARTS]
         if unknown or not self.only:
             raise ValueError(f"only must name parts out of {', '.join(PARTS)}, got {unknown or self.only}.")
+        if self.plot is not None and "growth" not in self.only:
+            raise ValueError(f"plot draws the part growth, and only is {', '.join(self.only)}: add growth.")
         for name in ("repeats", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

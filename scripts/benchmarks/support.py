@@ -1,15 +1,22 @@
-"""Kept supports: one query against them beside the backbone alone and a whole episode."""
+"""Kept supports: one query against them beside the backbone alone and a whole episode; a stream of queries."""
 
+import dataclasses
 import functools
+from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import ResNetConfig
+from transformers import ResNetConfig, pipeline
 
-from dmgal_hf import DmgalConfig, DmgalModel
+from dmgal_hf import DmgalConfig, DmgalModel, DmgalSupport, DmgalVideoProcessor
+from dmgal_hf.pipeline import FRAMES_TOGETHER, TASK
+from dmgal_hf.video_decoding import read_frames_at
 
 from .adapter import clip_config
+from .data import KINETICS, write_clip
 from .measuring import NUM_FRAMES, BenchmarkArguments, Contender, Group, Run
+
+WINDOW, STRIDE = 2.0, 0.5  # seconds
 
 
 def _support_config(kind: str, small: bool) -> DmgalConfig:
@@ -35,6 +42,25 @@ def _episode(kind: str, small: bool, device: str):
     return model, support, labels, torch.randn(1, 1, NUM_FRAMES, 3, size, size, device=device)
 
 
+@functools.lru_cache(maxsize=1)
+def _kept_support(kind: str, small: bool, device: str) -> DmgalSupport:
+    model, support, labels, _ = _episode(kind, small, device)
+    with torch.no_grad():
+        return model.encode_support(support, labels)
+
+
+def _kept_few(kept: DmgalSupport) -> DmgalSupport:
+    """One support of each class."""
+    return kept.select([kept.labels[0].tolist().index(label) for label in range(kept.way)])
+
+
+def _kept_many(kept: DmgalSupport) -> DmgalSupport:
+    """Four times the classes, of the same videos: what a query costs does not depend on what they show."""
+    many = DmgalSupport.cat([kept] * 4)
+    labels = torch.cat([kept.labels + n * kept.way for n in range(4)], 1)
+    return dataclasses.replace(many, labels=labels, way=4 * kept.way)
+
+
 def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> Run:
     model, support, labels, query = _episode(kind, arguments.small, arguments.device)
     if contender == "backbone":
@@ -44,9 +70,8 @@ def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> R
         plain.adapter_config = None
         backbone = DmgalModel(plain).eval().to(arguments.device).backbone
         call = functools.partial(backbone, pixel_values=query.flatten(0, 2))
-    elif contender == "kept":
-        with torch.no_grad():
-            kept = model.encode_support(support, labels)
+    elif contender in KEPT:
+        kept = KEPT[contender](_kept_support(kind, arguments.small, arguments.device))
         call = functools.partial(model, query_pixel_values=query, support=kept)
     else:
         call = functools.partial(model, support, labels, query)
@@ -59,6 +84,53 @@ def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> R
     return Run(call_without_gradient)
 
 
+KEPT = {"few": _kept_few, "same": lambda kept: kept, "many": _kept_many}
+
+
+def _long_video(arguments: BenchmarkArguments) -> tuple[str, int]:
+    """A file of 30 frames a second like those of Kinetics, and its seconds."""
+    seconds = 6 if arguments.small else 60
+    path = Path(arguments.folder) / f"{seconds}_seconds.mp4"
+    if not path.exists():
+        kind = dataclasses.replace(KINETICS, num_frames=seconds * KINETICS.rate)
+        write_clip(path.with_name("aside.mp4"), kind, seed=0)
+        path.with_name("aside.mp4").rename(path)
+    return str(path), seconds
+
+
+def prepare_stream(arguments: BenchmarkArguments, kind: str, contender: str) -> Run:
+    """The stream, or what it cannot do without: each of the frames that its windows take once through the backbone."""
+    path, seconds = _long_video(arguments)
+    model, support, labels, _ = _episode(kind, arguments.small, arguments.device)
+    size = support.shape[-1]
+    processor = DmgalVideoProcessor(num_frames=NUM_FRAMES, size=size * 8 // 7, crop_size=size)
+    classifier = pipeline(TASK, model=model, image_processor=processor, device=arguments.device)
+    spacing = WINDOW / NUM_FRAMES
+    taken = [int((k + 0.5) * spacing * KINETICS.rate) for k in range(int(seconds / spacing))]
+
+    def pass_once():
+        clip = processor.resize_and_crop(read_frames_at(path, taken))
+        with torch.no_grad():
+            for frames in clip.split(FRAMES_TOGETHER):
+                model.encode_frames(processor.normalize(frames).to(arguments.device))
+
+    if contender == "pass":
+        return Run(pass_once, note=f"{len(taken)} of {seconds * KINETICS.rate} frames")
+    way, shot = int(labels.max()) + 1, support.shape[1] // (int(labels.max()) + 1)
+    clips = (support[0].permute(0, 1, 3, 4, 2).sigmoid() * 255).byte().cpu().unflatten(0, (way, shot))
+    classifier.fit({f"class {n}": list(clips[n].numpy()) for n in range(way)})
+    windows = len(list(classifier.stream(path, WINDOW, STRIDE)))
+    return Run(lambda: list(classifier.stream(path, WINDOW, STRIDE)), note=f"{windows} windows")
+
+
+def stream_group(arguments: BenchmarkArguments) -> Group:
+    contenders = [
+        Contender(name, functools.partial(prepare_stream, arguments, "ft", contender))
+        for name, contender in (("one pass over its sampled frames", "pass"), ("stream", "stream"))
+    ]
+    return Group("ResNet-50, DMGAL-FT: windows of 2 s every 0.5 s", contenders)
+
+
 def support_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:
     groups = []
     for title, kind in (("CLIP ViT-B/16 with adapters", "adapter"), ("ResNet-50, DMGAL-FT", "ft")):
@@ -66,9 +138,11 @@ def support_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str
             Contender(name, functools.partial(prepare_query, arguments, kind, contender), same_as)
             for name, contender, same_as in (
                 ("the backbone on one video", "backbone", None),
-                ("one query, kept supports", "kept", "one query, whole 5-way 5-shot episode"),
+                ("one query, kept 5-way 1-shot supports", "few", None),
+                ("one query, kept 5-way 5-shot supports", "same", "one query, whole 5-way 5-shot episode"),
+                ("one query, kept 20-way 5-shot supports", "many", None),
                 ("one query, whole 5-way 5-shot episode", "episode", None),
             )
         ]
         groups.append(Group(title, contenders))
-    return groups, []
+    return [*groups, stream_group(arguments)], []

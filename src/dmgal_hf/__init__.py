@@ -9,6 +9,7 @@ from .configuration_dmgal import DmgalConfig
 from .modeling_dmgal import DmgalModel, DmgalOutput, DmgalPreTrainedModel, DmgalSupport
 from .peft import CmgaLayer, MgaConfig, MgaModel, SmgaLayer
 from .pipeline import TASK, FewShotVideoClassificationPipeline, StreamedLabel
+from .query_model import DmgalQueryModel
 from .video_decoding import VideoDecodeError
 from .video_processing_dmgal import DmgalVideoProcessor
 
@@ -42,6 +43,7 @@ __all__ = [
     "DmgalModel",
     "DmgalOutput",
     "DmgalPreTrainedModel",
+    "DmgalQueryModel",
     "DmgalSupport",
     "DmgalVideoProcessor",
     "FewShotVideoClassificationPipeline",

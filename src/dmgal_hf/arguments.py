@@ -20,8 +20,14 @@ class DataArguments:
         default="motion_shapes",
         metadata={"help": f"motion_shapes, folder, or a benchmark: {', '.join(BENCHMARKS)}."},
     )
-    videos: str | None = field(default=None, metadata={"help": "Folder of the videos (benchmarks and folder)."})
+    videos: str | None = field(
+        default=None, metadata={"help": "Folder of the videos, or one zip of it (benchmarks and folder)."}
+    )
     splits: str | None = field(default=None, metadata={"help": "Folder of the split lists; fetched when not given."})
+    class_labels: list[str] | None = field(
+        default=None,
+        metadata={"help": "Label files of Something-Something V2 (train.json validation.json), to name its classes."},
+    )
     prepared: str | None = field(
         default=None,
         metadata={"help": "A folder of scripts/prepare_data.py, which replaces dataset, videos and splits."},

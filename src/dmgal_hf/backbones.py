@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 import torch
-from peft import LoraModel
+from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -55,15 +55,16 @@ def add_adapters(backbone: PreTrainedModel, adapter_config: dict[str, Any]) -> d
     """
     if "budget" in adapter_config:
         adapter_config = _spend_budget(backbone.config, adapter_config)
-    _inject(backbone, adapter_config)
+    _inject(backbone, read_adapter_config(adapter_config))
     return adapter_config
 
 
-def _inject(backbone: PreTrainedModel, adapter_config: dict[str, Any]):
-    config = read_adapter_config(adapter_config)
-    # Not the class that peft knows by the name: that may be another copy of ours, as when checkpoints bring their own.
-    tuner_class = MgaModel if isinstance(config, MgaConfig) else LoraModel
-    tuner_class(backbone, config, "default")
+def _inject(backbone: PreTrainedModel, config: PeftConfig):
+    if isinstance(config, MgaConfig):
+        # Not by way of peft's register: where checkpoints bring their own code, it may hold the layers of another one.
+        MgaModel(backbone, config, "default")
+    else:
+        inject_adapter_in_model(config, backbone)
 
 
 def _spend_budget(backbone_config: PreTrainedConfig, adapter_config: dict[str, Any]) -> dict[str, Any]:
@@ -83,18 +84,18 @@ def _count_parameters(backbone_config: PreTrainedConfig, adapter_config: dict[st
     """Trainable parameters of adapters, found without memory for them."""
     with torch.device("meta"):
         backbone = build_backbone(backbone_config)
-        _inject(backbone, adapter_config)
+        _inject(backbone, read_adapter_config(adapter_config))
     return sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
 
 
-def train_adapters(backbone: nn.Module, mode: bool):
-    """Puts the adapters into training mode (or out of it) and the backbone around them into eval mode."""
+def train_adapters(backbone: nn.Module):
+    """Puts the adapters into training mode and the backbone around them into eval mode."""
     backbone.eval()
     for module in backbone.modules():
         if isinstance(module, BaseTunerLayer):
-            module.training = mode
+            module.training = True
             for name, child in module.named_children():
                 if name != "base_layer":
-                    child.train(mode)
+                    child.train()
         elif getattr(module, "gradient_checkpointing", False):
-            module.training = mode  # the block itself only looks here whether to checkpoint
+            module.training = True  # the block itself only looks here whether to checkpoint

@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,17 +24,28 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import get_peft_model_state_dict
+from safetensors.torch import save
 from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_dmgal import DmgalConfig
 from .data.episodes import episodes_id
-from .data.motion_shapes import GENERATOR_VERSION
 from .modeling_dmgal import DmgalModel
 from .video_processing_dmgal import DmgalVideoProcessor
 
 PAPER = "arXiv 2411.11335"
 # Arguments of a run that tell of the machine and not of the model: they stay there.
-LOCAL_ARGUMENTS = ("output_dir", "videos", "splits", "cache_dir", "num_workers", "resume", "report_to")
+LOCAL_ARGUMENTS = (
+    "output_dir",
+    "videos",
+    "splits",
+    "class_labels",
+    "prepared",
+    "cache_dir",
+    "num_workers",
+    "resume",
+    "report_to",
+)
 
 # Which classes `trust_remote_code=True` loads without dmgal_hf, by the file that says so.
 _CODE = {
@@ -71,15 +83,32 @@ VIDEO_SOURCES = {
 JSON_FILES = (
     "config.json", "preprocessor_config.json", "adapter_config.json", "metrics.json", "model.safetensors.index.json",
 )  # fmt: skip
+PUBLISHED_JSON = JSON_FILES[:4]  # the index of the weights stays as it is
 # The releases that are intended, and what they start from.
 BENCHMARKS = ("ssv2-full", "ssv2-small", "kinetics-100", "hmdb51", "ucf101")
 RELEASE_BACKBONES = {"ft": "microsoft/resnet-50", "adapter": "openai/clip-vit-base-patch16"}
+RELEASE_FIELDS = {"ft": {}, "adapter": {"frame_pooling": "cls"}}
+# What an adapter's repository cannot hold and its user has to give, where it is not the default.
+MODEL_FIELDS = ("num_frames", "frame_pooling", "alignment", "cosine_epsilon", "otam_smoothing")
+PARTS = {
+    "self_motion_attention": "self motion-guided attention (S-MGA)",
+    "mixer": "a temporal and channel mixer",
+    "cross_motion_attention": "cross motion-guided attention (C-MGA)",
+}
+MATCHINGS = {
+    "bi_mhm": "the bidirectional mean Hausdorff metric (Bi-MHM)",
+    "otam": "ordered temporal alignment (OTAM)",
+    "mean": "the distance of mean frame descriptors",
+}
+_DEFAULT = {name: getattr(DmgalConfig, name) for name in MODEL_FIELDS}
 
 
 # Model cards
 
 
-def render_model_card(output_dir: str | os.PathLike, repo_id: str | None = None) -> ModelCard:
+def render_model_card(
+    output_dir: str | os.PathLike, repo_id: str | None = None, adapter_only: bool = False
+) -> ModelCard:
     """
     Writes the card of a checkpoint from what a training run left in its folder: the arguments in `config.yaml`, the
     results in `metrics.json`, and `config.json` or, of an adapter, `adapter_config.json`. What is not there is not on
@@ -88,6 +117,7 @@ def render_model_card(output_dir: str | os.PathLike, repo_id: str | None = None)
     Args:
         output_dir (`str` or `os.PathLike`): folder of the run, or of any checkpoint.
         repo_id (`str`, *optional*): where the checkpoint is going to be; by default the card speaks of the folder.
+        adapter_only (`bool`, *optional*, defaults to `False`): the card of the adapters alone, see [`collect_files`].
 
     Returns:
         `huggingface_hub.ModelCard`: `str()` of it is the README, `.data` its metadata, `.validate()` asks the Hub.
@@ -101,7 +131,8 @@ def render_model_card(output_dir: str | os.PathLike, repo_id: str | None = None)
     config = _read(folder / "config.json")
     arguments = _read(folder / "config.yaml")
     metrics = _read(folder / "metrics.json")
-    base_model = _hub_name(adapter.get("base_model_name_or_path") or arguments.get("backbone"))
+    base_model = _base_model(adapter, config, arguments)
+    is_adapter = adapter_only or bool(adapter)
     state = "untested"
     if not any(folder.glob("*.safetensors")):
         state = "untrained"
@@ -109,12 +140,12 @@ def render_model_card(output_dir: str | os.PathLike, repo_id: str | None = None)
         state = "tested"
     return _model_card(
         name=repo_id or str(output_dir),
-        paradigm="adapter" if adapter else config.get("paradigm", "ft"),
-        is_adapter=bool(adapter),
+        # peft names the blocks as it finds them: in a DmgalModel, or in the backbone itself.
+        adapted="model" if "backbone" in str(adapter.get("target_modules")) else "model.backbone",
+        **_describe_model(config, is_adapter, adapter.get("num_frames")),
         dataset=arguments.get("dataset"),
         base_model=base_model,
-        backbone_type=config.get("backbone_config", {}).get("model_type"),
-        from_scratch=bool(arguments) and not adapter and arguments.get("backbone") is None,
+        from_scratch=bool(arguments) and not is_adapter and arguments.get("backbone") is None,
         state=state,
         metrics=metrics,
         arguments=_portable(arguments, base_model),
@@ -131,11 +162,10 @@ def render_planned_card(paradigm: str, benchmark: str) -> ModelCard:
     """
     return _model_card(
         name=f"org/dmgal-{paradigm}-{benchmark}",
-        paradigm=paradigm,
-        is_adapter=paradigm == "adapter",
+        adapted="model.backbone",
+        **_describe_model({"paradigm": paradigm, **RELEASE_FIELDS[paradigm]}, paradigm == "adapter"),
         dataset=benchmark,
         base_model=RELEASE_BACKBONES[paradigm],
-        backbone_type=None,
         from_scratch=False,
         state="untrained",
         metrics={},
@@ -150,12 +180,31 @@ def write_planned_cards(folder: str | os.PathLike):
             render_planned_card(paradigm, benchmark).save(Path(folder) / f"dmgal-{paradigm}-{benchmark}.md")
 
 
+def _describe_model(config: dict[str, Any], is_adapter: bool, num_frames: int | None = None) -> dict[str, Any]:
+    """What the card says of the model, by its config.json; an adapter's repository has none."""
+    return {
+        "paradigm": "adapter" if is_adapter else config.get("paradigm", "ft"),
+        "is_adapter": is_adapter,
+        "has_adapters": is_adapter or config.get("adapter_config") is not None,
+        "backbone_type": config.get("backbone_config", {}).get("model_type"),
+        "parts": [name for field, name in PARTS.items() if config.get(field, True)],
+        "matching": MATCHINGS[config.get("alignment", _DEFAULT["alignment"])],
+        "num_frames": config.get("num_frames") or num_frames or _DEFAULT["num_frames"],
+        "model_fields": {
+            name: config[name] for name in MODEL_FIELDS if config.get(name, _DEFAULT[name]) != _DEFAULT[name]
+        },
+    }
+
+
 def _model_card(name: str, dataset: str | None, metrics: dict[str, Any], **facts: Any) -> ModelCard:
     source = VIDEO_SOURCES.get(dataset)
+    if source and facts["arguments"].get("preset") and source.kind == "motion_shapes":
+        source = replace(source, name=f"{source.name}, preset {facts['arguments']['preset']}")
     title = name.rstrip("/").split("/")[-1]
     results = [_eval_result(metrics["test"], dataset, source)] if facts["state"] == "tested" else None
     data = ModelCardData(
-        license="apache-2.0",
+        # Weights that no run of ours has made, such as converted ones, come under terms of their own.
+        license="apache-2.0" if facts["arguments"] or facts["state"] == "untrained" else None,
         library_name="peft" if facts["is_adapter"] else "transformers",
         pipeline_tag="video-classification",
         tags=["dmgal", "few-shot-learning", "action-recognition", "motion-guided-attention", "arxiv:2411.11335"],
@@ -173,10 +222,17 @@ def _model_card(name: str, dataset: str | None, metrics: dict[str, Any], **facts
         repo_id=name,
         paper=PAPER,
         source=source,
+        has_license=data.license is not None,
         test=metrics.get("test"),
         validation=metrics.get("validation"),
         training=metrics.get("training"),
-        **facts | {"arguments": yaml.safe_dump(facts["arguments"], sort_keys=False) if facts["arguments"] else None},
+        **facts
+        | {
+            "arguments": yaml.safe_dump(facts["arguments"], sort_keys=False) if facts["arguments"] else None,
+            "model_fields": "".join(
+                f", {field}={json.dumps(value)}" for field, value in facts["model_fields"].items()
+            ),
+        },
     )
 
 
@@ -216,9 +272,19 @@ def _portable(arguments: dict[str, Any], base_model: str | None) -> dict[str, An
     return portable
 
 
+def _base_model(adapter: dict[str, Any], config: dict[str, Any], arguments: dict[str, Any]) -> str | None:
+    """The repository that a checkpoint started from, where that is known."""
+    names = (
+        adapter.get("base_model_name_or_path"),
+        arguments.get("backbone"),
+        config.get("backbone_config", {}).get("_name_or_path"),
+    )
+    return next((hub_name for hub_name in map(_hub_name, names) if hub_name), None)
+
+
 def _hub_name(name: str | None) -> str | None:
     """`name` where it is that of a repository and not of a folder."""
-    if name is None or Path(name).exists():
+    if not name or Path(name).exists():
         return None
     try:
         validate_repo_id(name)
@@ -256,7 +322,9 @@ def _checkpoint_folder(output_dir: str | os.PathLike) -> Path:
 # Checkpoints
 
 
-def collect_files(output_dir: str | os.PathLike, repo_id: str | None = None) -> dict[str, Path | bytes]:
+def collect_files(
+    output_dir: str | os.PathLike, repo_id: str | None = None, adapter_only: bool = False
+) -> dict[str, Path | bytes]:
     """
     What a checkpoint's repository is made of: the folder's own safetensors and JSON files, the source that
     `trust_remote_code` needs, and the card. Everything else stays where it is: resumable states, logs, pickles,
@@ -266,13 +334,16 @@ def collect_files(output_dir: str | os.PathLike, repo_id: str | None = None) -> 
         output_dir (`str` or `os.PathLike`): folder of a training run, or of any checkpoint of [`DmgalModel`] or of an
             adapter.
         repo_id (`str`, *optional*): where it goes, for the card.
+        adapter_only (`bool`, *optional*, defaults to `False`): of a checkpoint with adapters inside, only these, as
+            peft saves adapters of the bare backbone; `PeftModel.from_pretrained(backbone, repo_id)` reads them.
 
     Returns:
         `dict[str, Path | bytes]`: name in the repository -> file, or content where it differs from the folder's.
 
     Raises:
         FileNotFoundError: there is no such folder, no checkpoint in it, or no safetensors file.
-        ValueError: a file is damaged, or the checkpoint is of another kind or of a newer format than this release.
+        ValueError: a file is damaged, or the checkpoint is of another kind or of a newer format than this release;
+            with `adapter_only`, it has no adapters inside, or its backbone is not known by the name of a repository.
     """
     folder = _checkpoint_folder(output_dir)
     files: dict[str, Path | bytes] = {
@@ -288,12 +359,14 @@ def collect_files(output_dir: str | os.PathLike, repo_id: str | None = None) -> 
         )
     if "config.json" in files:
         _check_config(folder)
+    has_source = "config.json" in files and not adapter_only
+    files |= {name: _public_json(files[name], has_source) for name in PUBLISHED_JSON if name in files}
+    if has_source:
         files |= _source_files()
-        for name in AUTO_MAPS.keys() & files.keys():
-            files[name] = _as_json(_read(folder / name) | {"auto_map": AUTO_MAPS[name]})
-    if "metrics.json" in files:
-        files["metrics.json"] = _as_json(_without_paths(_read(folder / "metrics.json")))
-    files["README.md"] = str(render_model_card(folder, repo_id)).encode()
+    elif "config.json" in files:
+        kept = ("preprocessor_config.json", "metrics.json")
+        files = _extract_adapters(folder) | {name: files[name] for name in kept if name in files}
+    files["README.md"] = str(render_model_card(folder, repo_id, adapter_only)).encode()
     return files
 
 
@@ -304,6 +377,7 @@ def push_to_hub(
     revision: str | None = None,
     dry_run: bool = False,
     token: str | None = None,
+    adapter_only: bool = False,
 ) -> CommitInfo | None:
     """
     Uploads a checkpoint in one commit; see [`collect_files`] for what goes up. The repository and the branch are
@@ -316,6 +390,7 @@ def push_to_hub(
         revision (`str`, *optional*): branch to push to, by default "main".
         dry_run (`bool`, *optional*, defaults to `False`): print the list of files and the card, and upload nothing.
         token (`str`, *optional*): by default that of `hf auth login` or `HF_TOKEN`.
+        adapter_only (`bool`, *optional*, defaults to `False`): of a checkpoint with adapters inside, only these.
 
     Returns:
         `huggingface_hub.CommitInfo`, or `None` after a dry run.
@@ -325,18 +400,24 @@ def push_to_hub(
             that is public, or the Hub refuses the card.
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses the token, the name or the upload.
     """
-    files = collect_files(output_dir, repo_id)
+    files = collect_files(output_dir, repo_id, adapter_only)
     if dry_run:
         print(_describe(files))
         return None
     api = HfApi(token=token, library_name="dmgal_hf")
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.repo_info(repo_id).private:
-        raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or push without private")
+    repo_id = _create_repo(api, repo_id, "model", private)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
     return api.create_commit(repo_id, operations, commit_message="Upload DMGAL checkpoint", revision=revision)
+
+
+def _create_repo(api: HfApi, repo_id: str, repo_type: str, private: bool) -> str:
+    """Its full name; one that is there already stays as it is."""
+    repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+        raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or push without private")
+    return repo_id
 
 
 def _check_config(folder: Path):
@@ -353,13 +434,45 @@ def _source_files() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(set(paths))}
 
 
-def _without_paths(metrics: dict[str, Any]) -> dict[str, Any]:
-    """metrics.json names unreadable videos by their path: others need to know which, not where."""
-    training = metrics.get("training", {})
-    if training.get("broken_videos"):
-        names = [Path(path).name for path in training["broken_videos"]]
-        metrics = metrics | {"training": training | {"broken_videos": names}}
-    return metrics
+def _public_json(path: Path, has_source: bool) -> bytes:
+    """A JSON file without paths of this machine, and with a map to the source where that lies beside it."""
+    content = _read(path)
+    content.pop("auto_map", None)
+    if has_source and path.name in AUTO_MAPS:
+        content["auto_map"] = AUTO_MAPS[path.name]
+    backbone = content.get("backbone_config", {})
+    if "_name_or_path" in backbone:
+        backbone["_name_or_path"] = _hub_name(backbone["_name_or_path"]) or ""
+    if "base_model_name_or_path" in content:
+        content["base_model_name_or_path"] = _hub_name(content["base_model_name_or_path"])
+    training = content.get("training", {})
+    if "broken_videos" in training:  # others need to know which, not where
+        training["broken_videos"] = [Path(name).name for name in training["broken_videos"]]
+    return _as_json(content)
+
+
+def _extract_adapters(folder: Path) -> dict[str, bytes]:
+    """The adapters inside a checkpoint of [`DmgalModel`], as peft's save_pretrained writes those of its backbone."""
+    config, arguments = _read(folder / "config.json"), _read(folder / "config.yaml")
+    if config.get("adapter_config") is None:
+        raise ValueError(
+            f"{folder} has no adapters inside (paradigm {config.get('paradigm')!r}, no adapter_config): push it "
+            "without adapter_only"
+        )
+    base_model = _base_model({}, config, arguments)
+    if base_model is None:
+        raise ValueError(
+            f"the backbone of {folder} ({arguments.get('backbone')!r}) is not named after a repository, and nobody "
+            "could load adapters without it: push the whole checkpoint, without adapter_only"
+        )
+    backbone = DmgalModel.from_pretrained(folder).backbone
+    adapter_config = backbone.peft_config["default"]
+    adapter_config.base_model_name_or_path, adapter_config.inference_mode = base_model, True
+    weights = {f"base_model.model.{name}": weight for name, weight in get_peft_model_state_dict(backbone).items()}
+    with TemporaryDirectory() as saved:
+        adapter_config.save_pretrained(saved)
+        content = (Path(saved) / "adapter_config.json").read_bytes()
+    return {"adapter_model.safetensors": save(weights, metadata={"format": "pt"}), "adapter_config.json": content}
 
 
 def _as_json(content: dict[str, Any]) -> bytes:
@@ -400,9 +513,11 @@ What it was drawn from:
 _MOTION_SHAPES_TEXT = """
 # Motion shapes
 
-Short clips (two seconds, 112 x 112 pixels) of one textured shape whose classes differ by motion alone: a single frame
-says nothing about the class. Splits have disjoint classes, for few-shot learning: base classes in `train`, novel ones
-in `test`. Made by dmgal_hf, generator version {version}; nobody was filmed.
+Short clips (two seconds, 112 x 112 pixels) of one shape on a background, whose classes differ by motion alone: a
+single frame says nothing about the class. Splits have disjoint classes, for few-shot learning: base classes in
+`train`, novel ones in `test`. Made by dmgal_hf, {origin}; nobody was filmed.
+
+{splits}
 
 Columns: `video` (an H.264 file), `label`, `video_id`. Loaded with `datasets.load_dataset("{repo_id}")`.
 
@@ -437,8 +552,10 @@ def push_episodes(
     Raises:
         ValueError: the dataset is no episode list.
     """
+    identifier = episodes_id(episodes)
+    repo_id = _create_repo(HfApi(token=token), repo_id, "dataset", private)
     text = _EPISODES_TEXT.format(
-        number=len(episodes), id=episodes_id(episodes), videos=videos, repo_id=repo_id, split=split,
+        number=len(episodes), id=identifier, videos=videos, repo_id=repo_id, split=split,
         origin=episodes.info.description or "not recorded",
     )  # fmt: skip
     episodes.push_to_hub(repo_id, split=split, private=private, revision=revision, token=token)
@@ -458,8 +575,14 @@ def push_motion_shapes(
     Returns:
         `huggingface_hub.CommitInfo`: of the commit that completes the card.
     """
+    repo_id = _create_repo(HfApi(token=token), repo_id, "dataset", private)
     shapes.push_to_hub(repo_id, private=private, revision=revision, token=token)
-    text = _MOTION_SHAPES_TEXT.format(version=GENERATOR_VERSION, repo_id=repo_id)
+    made = re.search(r"/(\w+)-seed(\d+)-v(\d+)/", shapes["train"][0]["video"]["path"] or "")
+    origin = "preset {}, seed {}, generator version {}".format(*made.groups()) if made else "settings not recorded"
+    splits = "\n".join(
+        f"- `{name}`: {len(set(videos['label']))} classes, {len(videos)} clips" for name, videos in shapes.items()
+    )
+    text = _MOTION_SHAPES_TEXT.format(origin=origin, splits=splits, repo_id=repo_id)
     return _push_dataset_card(repo_id, text, ["few-shot-learning", "action-recognition", "synthetic"], revision, token)
 
 

@@ -137,6 +137,11 @@ class DmgalPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["SelfMotionAttention", "TemporalChannelMixer", "CrossMotionAttention"]
 
+    @classmethod
+    def get_init_context(cls, *args, **kwargs):
+        """Where transformers builds a model whose weights it is about to read: nothing is drawn at random there."""
+        return [*super().get_init_context(*args, **kwargs), init.no_init_weights()]
+
     @torch.no_grad()
     def _init_weights(self, module):
         # As the authors: convolutions by their fan-out, both attentions switched off at first (gamma = 0).
@@ -203,11 +208,18 @@ class DmgalModel(DmgalPreTrainedModel):
                 parameter.requires_grad_(name in self._adapter_parameters)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; a frozen backbone comes back frozen."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
-        return loaded
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a frozen backbone comes back frozen, and adapters without weights are refused."""
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # transformers would leave them as the memory happened to be: the backbone cannot initialise them.
+        of_adapters = {f"backbone.{name}" for name in model._adapter_parameters}
+        lacking = sorted(of_adapters.intersection(report["missing_keys"]))
+        if lacking:
+            raise ValueError(
+                f"The checkpoint lacks weights of its adapters ({len(lacking)}): {', '.join(lacking[:3])} ..."
+            )
+        model._freeze()
+        return (model, report) if output_loading_info else model
 
     @classmethod
     def from_backbone(cls, backbone: str | os.PathLike | PreTrainedModel, **kwargs) -> "DmgalModel":
@@ -231,13 +243,24 @@ class DmgalModel(DmgalPreTrainedModel):
         attn_implementation = backbone.config._attn_implementation
         config = DmgalConfig(backbone_config=backbone.config, **kwargs)
         config._attn_implementation = attn_implementation  # a new config has none, and none for its parts
-        return cls(config, backbone=backbone)
+        model = cls(config, backbone=backbone)
+        model.name_or_path = backbone.name_or_path  # what peft notes as the base model of an adapter
+        return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As in transformers; of a model with `load_adapter()` or `add_adapter()`, the adapters alone."""
+        if getattr(self.backbone, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "model.backbone has adapters of its own load_adapter() or add_adapter(), which config.json does not "
+                f"describe: save them with model.backbone.save_pretrained({os.fspath(save_directory)!r})."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def train(self, mode: bool = True) -> "DmgalModel":
         """As in torch, but a frozen backbone (paradigm "adapter") stays in eval mode: only its adapters train."""
         super().train(mode)
-        if self.config.paradigm == "adapter":
-            train_adapters(self.backbone, mode)
+        if mode and self.config.paradigm == "adapter":
+            train_adapters(self.backbone)
         return self
 
     def encode_support(self, support_pixel_values: torch.Tensor, support_labels: torch.Tensor) -> DmgalSupport:
@@ -388,7 +411,7 @@ class DmgalModel(DmgalPreTrainedModel):
         maps, attentions["query_self"], hidden_states = self._encode_videos(query_maps)
         if self.cross_attention is not None:
             keys = CrossMotionKeys(support.states["cross.motion"], support.states["cross.values"])
-            query_features, attentions["cross"] = self.cross_attention.describe(maps, keys)
+            query_features, attentions["cross"] = self.cross_attention.describe(maps, keys, output_attentions)
         else:
             query_features = maps.mean((-1, -2))
         logits = self._match(query_features, support.features, support.labels, support.way)
@@ -416,10 +439,12 @@ class DmgalModel(DmgalPreTrainedModel):
         maps, attention, _ = self._encode_videos(self._video_maps(pixel_values, cache))
         states = cache.tensors()
         if self.cross_attention is not None:
-            maps, keys = self.cross_attention.encode_support(maps)
+            features, keys = self.cross_attention.encode_support(maps)
             states |= {"cross.motion": keys.motion, "cross.values": keys.values}
+        else:
+            features = maps.mean((-1, -2))
         way = int(labels.max()) + 1
-        return DmgalSupport(maps.mean((-1, -2)), labels, way, states), attention
+        return DmgalSupport(features, labels, way, states), attention
 
     def _video_maps(self, pixel_values: torch.Tensor, cache: SupportCache) -> torch.Tensor:
         """

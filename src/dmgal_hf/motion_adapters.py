@@ -306,12 +306,10 @@ class SmgaAdapter(nn.Module):
         return values + self.gamma * self._attend(keys.transpose(1, 2), keys.transpose(1, 2), values), None
 
     @staticmethod
-    def _attend(
-        queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Mean over the directions (as heads with the same values) of softmax(Q K^T / sqrt(d)) V."""
         values = values.unsqueeze(1).expand(-1, keys.shape[1], -1, -1)
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).mean(dim=1)
+        return F.scaled_dot_product_attention(queries, keys, values).mean(dim=1)
 
 
 class CmgaAdapter(SmgaAdapter):
@@ -376,7 +374,7 @@ class CmgaAdapter(SmgaAdapter):
         """
         num_episodes, num_videos, num_frames, num_patches = keys.shape[:4]
         queries = keys.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(0, 1)  # (B·T, directions, Q·P, d)
-        support_keys = torch.stack([supports[f"keys_{direction}"] for direction in self.directions], dim=2)
+        values = supports["values"].flatten(0, 1).unsqueeze(1)  # (B·T, 1, S·P, d)
         mask = None
         most = max(supports_per_episode)
         if min(supports_per_episode) < most:
@@ -385,5 +383,10 @@ class CmgaAdapter(SmgaAdapter):
             ).unsqueeze(1)
             mask = is_support.repeat_interleave(num_patches, dim=1)[:, None, None, None]
             mask = mask.expand(-1, num_frames, -1, -1, -1).flatten(0, 1)  # (B·T, 1, 1, S·P)
-        read = self._attend(queries, support_keys.flatten(0, 1), supports["values"].flatten(0, 1), mask)
+        # Direction by direction: to stack the keys would copy those of all supports for every query.
+        read = 0
+        for query, direction in zip(queries.split(1, dim=1), self.directions):
+            support_keys = supports[f"keys_{direction}"].flatten(0, 1).unsqueeze(1)
+            read = read + F.scaled_dot_product_attention(query, support_keys, values, attn_mask=mask)
+        read = read / len(self.directions)
         return read.view(num_episodes, num_frames, num_videos, num_patches, -1).transpose(1, 2)

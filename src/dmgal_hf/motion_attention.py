@@ -1,6 +1,8 @@
 """Motion-guided attention: motion features, S-MGA, the temporal and channel mixer, C-MGA.
 
 All feature maps are (V, T, C, H, W): V videos of T frames. Scores come from motion alone, values from appearance.
+In memory they are channels-last, patch by patch: convolutions are faster so, and the patches of a frame are rows for
+the attention without a copy.
 """
 
 import math
@@ -9,8 +11,22 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .configuration_dmgal import DmgalConfig
+
+# Attention scores that C-MGA holds at a time; more queries than that take turns. 2**23 float32 numbers are 32 MiB.
+SCORES_AT_A_TIME = 2**23
+
+
+def channels_last(maps: torch.Tensor) -> torch.Tensor:
+    """Maps (V, T, C, H, W) as frames (V·T, C, H, W) that lie channels-last in memory; copied only if they do not."""
+    return maps.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def patches(frames: torch.Tensor) -> torch.Tensor:
+    """(..., C, H, W) -> (..., P, C) with P = H·W; a view of channels-last frames."""
+    return frames.flatten(-2).transpose(-1, -2)
 
 
 class DirectionalBatchNorm(nn.BatchNorm2d):
@@ -70,11 +86,10 @@ class MotionFeatures(nn.Module):
         Returns:
             `torch.Tensor` of shape `(directions, V, T, c, H, W)`, forward before backward.
         """
-        num_videos, num_frames = hidden_states.shape[:2]
-        size = hidden_states.shape[-2:]
-        current = self.bottleneck_norm(self.bottleneck(hidden_states.flatten(0, 1)))
-        neighbour = self.neighbour(current).unflatten(0, (num_videos, num_frames))
-        current = current.unflatten(0, (num_videos, num_frames))
+        batch, size = hidden_states.shape[:2], hidden_states.shape[-2:]
+        current = self.bottleneck_norm(self.bottleneck(channels_last(hidden_states)))
+        neighbour = self.neighbour(current).permute(0, 2, 3, 1).unflatten(0, batch)  # (V, T, H, W, c)
+        current = current.permute(0, 2, 3, 1).unflatten(0, batch)
 
         differences = []
         if "forward" in self.directions:
@@ -83,7 +98,7 @@ class MotionFeatures(nn.Module):
         if "backward" in self.directions:
             difference = neighbour[:, :-1] - current[:, 1:]
             differences.append(F.pad(difference, (0, 0, 0, 0, 0, 0, 1, 0)))  # nothing precedes the first
-        difference = torch.cat(differences).flatten(0, 1)  # (directions · V · T, c, H, W)
+        difference = torch.cat(differences).flatten(0, 1).permute(0, 3, 1, 2)  # (directions · V · T, c, H, W)
 
         motion = difference
         if "half" in self.scales:
@@ -97,7 +112,7 @@ class MotionFeatures(nn.Module):
         if "full" in self.scales:
             motion = motion + self.full_norm(self.full_conv(difference))
         motion = self.project(motion / (1 + len(self.scales)))
-        return motion.unflatten(0, (len(self.directions), num_videos, num_frames))
+        return motion.unflatten(0, (len(self.directions), *batch))
 
 
 def sinusoidal_position_code(
@@ -140,16 +155,17 @@ class SelfMotionAttention(nn.Module):
             The attended maps, `(V, T, C, H, W)`, and the attention averaged over the directions, `(V, T, P, P)` with
             P = H·W; row p tells where patch p looks.
         """
-        frames = hidden_states.flatten(0, 1)
-        motion = self.motion(hidden_states).flatten(1, 2).flatten(3).transpose(2, 3)  # (directions, V·T, P, c)
+        frames = channels_last(hidden_states)
+        motion = patches(self.motion(hidden_states).flatten(1, 2))  # (directions, V·T, P, c)
         length, width = motion.shape[-2:]
         code = sinusoidal_position_code(length, width, motion.device, motion.dtype)
         motion = self.position_dropout(motion + self.position_scale * code)
         scores = motion @ (motion.transpose(-1, -2) / math.sqrt(width))
         attention = self.attention_dropout(scores.softmax(-1)).mean(0)  # (V·T, P, P)
         # Both directions share the values, so one product serves both.
-        attended = self.value(frames).flatten(2) @ attention.transpose(1, 2)  # (V·T, C, P)
-        hidden_states = torch.addcmul(frames, self.gamma, attended.view_as(frames)).view_as(hidden_states)
+        attended = attention @ patches(self.value(frames))  # (V·T, P, C)
+        attended = attended.transpose(1, 2).view(frames.shape)
+        hidden_states = torch.addcmul(frames, self.gamma, attended).unflatten(0, hidden_states.shape[:2])
         return hidden_states, attention.unflatten(0, hidden_states.shape[:2])
 
 
@@ -172,16 +188,17 @@ class TemporalChannelMixer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(V, T, C, H, W)` -> `(V, T, C, H, W)`."""
-        frames = hidden_states.flatten(2)  # (V, T, C·P)
-        mixed = F.relu(self._mix_frames(self.temporal_in, frames))
-        frames = (frames + self._mix_frames(self.temporal_out, mixed)).view_as(hidden_states).flatten(0, 1)
+        batch, size = hidden_states.shape[:2], hidden_states.shape[-2:]
+        frames = patches(channels_last(hidden_states)).unflatten(0, batch).flatten(2)  # (V, T, P·C)
+        frames = frames + self._mix_frames(self.temporal_out, F.relu(self._mix_frames(self.temporal_in, frames)))
+        frames = frames.unflatten(2, (*size, -1)).flatten(0, 1).permute(0, 3, 1, 2)  # (V·T, C, H, W)
         mixed = F.relu(self._mix_channels(self.channel_in, frames))
-        return (frames + self._mix_channels(self.channel_out, mixed)).view_as(hidden_states)
+        return (frames + self._mix_channels(self.channel_out, mixed)).unflatten(0, batch)
 
-    # Both perceptrons act on an axis in the middle: products from the left and 1x1 convolutions spare the transposes.
     @staticmethod
     def _mix_frames(linear: nn.Linear, frames: torch.Tensor) -> torch.Tensor:
-        return linear.weight @ frames + linear.bias[:, None]
+        # T is the axis in the middle: a product from the left spares the transposes.
+        return torch.baddbmm(linear.bias[:, None], linear.weight.expand(len(frames), -1, -1), frames)
 
     @staticmethod
     def _mix_channels(linear: nn.Linear, frames: torch.Tensor) -> torch.Tensor:
@@ -230,49 +247,87 @@ class CrossMotionAttention(nn.Module):
         Returns:
             The new maps of the supports, those of the queries, and the attention `(B, Q, T, P, S, P)`.
         """
-        support_maps, keys = self.encode_support(support)
-        query_maps, attention = self.attend(query, keys)
-        return support_maps, query_maps, attention
+        values = self._values(support)
+        query_maps, attention = self.attend(query, self._keys(support, values))
+        return torch.addcmul(support, self.gamma_self, values), query_maps, attention
 
     def encode_support(self, support: torch.Tensor) -> tuple[torch.Tensor, CrossMotionKeys]:
-        """`(B, S, T, C, H, W)` -> the new maps of the same shape, Fs' = Fs + g1 dw3(Fs), and the keys for queries."""
+        """
+        `(B, S, T, C, H, W)` -> the spatial mean of the new maps, `(B, S, T, C)`, which is what matching reads of
+        Fs' = Fs + g1 dw3(Fs), and the keys for queries.
+        """
         values = self._values(support)
-        maps = torch.addcmul(support, self.gamma_self, values)
-        values = values.flatten(4).permute(0, 2, 1, 4, 3).flatten(2, 3)  # (B, T, S·P, C)
-        return maps, CrossMotionKeys(self._motion(support), values)
+        descriptors = support.mean((-1, -2)) + self.gamma_self * values.mean((-1, -2))
+        return descriptors, self._keys(support, values)
 
     def attend(self, query: torch.Tensor, keys: CrossMotionKeys) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new maps of the queries, `(B, Q, T, C, H, W)`, and the attention `(B, Q, T, P, S, P)`."""
-        attention = self._attention(query, keys)  # (B, T, Q·P, S·P)
-        cross = (attention @ keys.values).unflatten(2, (query.shape[1], -1))  # (B, T, Q, P, C)
+        """
+        The new maps of the queries, `(B, Q, T, C, H, W)`, and the attention `(B, Q, T, P, S, P)`. The model itself
+        needs no more than [`describe`], which holds neither.
+        """
+        motion = self._motion(query)
+        attention = self._attention(motion, keys.motion)  # (B, T, Q·P, S·P)
+        cross = (attention @ keys.values).unflatten(2, motion.shape[3:5])  # (B, T, Q, P, C)
         cross = cross.permute(0, 2, 1, 4, 3).reshape(query.shape)
         maps = query + self.gamma_self * self._values(query) + self.gamma_cross * cross
-        return maps, self._by_video(attention, query)
+        return maps, self._by_video(attention, motion.shape[4])
 
-    def describe(self, query: torch.Tensor, keys: CrossMotionKeys) -> tuple[torch.Tensor, torch.Tensor]:
+    def describe(
+        self, query: torch.Tensor, keys: CrossMotionKeys, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        The spatial mean of what [`attend`] returns, `(B, Q, T, C)`, and the attention: matching reads no more of a
-        query, and averaging the attention before the product with the values makes that product P times smaller.
+        The spatial mean of what [`attend`] returns, `(B, Q, T, C)`: matching reads no more of a query, and averaging
+        the attention before the product with the values makes that product P times smaller. Queries take turns, so
+        that the scores of all queries and supports are never held together; in training they are computed again.
+
+        Args:
+            query (`torch.Tensor` of shape `(B, Q, T, C, H, W)`): feature maps of the queries.
+            keys ([`CrossMotionKeys`]): from [`encode_support`].
+            output_attentions (`bool`): also return the attention, `(B, Q, T, P, S, P)`, which holds them all.
         """
-        attention = self._attention(query, keys)
-        cross = attention.unflatten(2, (query.shape[1], -1)).mean(3) @ keys.values  # (B, T, Q, C)
+        motion = self._motion(query)  # (directions, B, T, Q, P, c)
+        if output_attentions:
+            attention = self._attention(motion, keys.motion)
+            cross = attention.unflatten(2, motion.shape[3:5]).mean(3) @ keys.values
+            attention = self._by_video(attention, motion.shape[4])
+        else:
+            attention = None
+            scores_a_query = motion[..., 0, :, 0].numel() * keys.motion.shape[-2]
+            turns = motion.split(max(SCORES_AT_A_TIME // scores_a_query, 1), dim=3)
+            cross = torch.cat([self._read(turn, keys, again=len(turns) > 1) for turn in turns], 2)
         values = self._values(query).mean((-1, -2))
         described = query.mean((-1, -2)) + self.gamma_self * values + self.gamma_cross * cross.transpose(1, 2)
-        return described, self._by_video(attention, query)
+        return described, attention
+
+    def _read(self, motion: torch.Tensor, keys: CrossMotionKeys, again: bool) -> torch.Tensor:
+        """What queries with this motion read, the mean over their patches: (B, T, Q, C)."""
+
+        def read(motion: torch.Tensor, key_motion: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            attention = self._attention(motion, key_motion)
+            return attention.unflatten(2, motion.shape[3:5]).mean(3) @ values
+
+        if again and torch.is_grad_enabled():
+            return checkpoint(read, motion, keys.motion, keys.values, use_reentrant=False)
+        return read(motion, keys.motion, keys.values)
+
+    def _keys(self, support: torch.Tensor, values: torch.Tensor) -> CrossMotionKeys:
+        return CrossMotionKeys(self._motion(support).flatten(3, 4), patches(values).transpose(1, 2).flatten(2, 3))
 
     def _values(self, maps: torch.Tensor) -> torch.Tensor:
-        return self.value(maps.flatten(0, 2)).view_as(maps)
+        return self.value(channels_last(maps.flatten(0, 1))).unflatten(0, maps.shape[:3])
 
     def _motion(self, maps: torch.Tensor) -> torch.Tensor:
+        """(B, V, T, C, H, W) -> normalised motion (directions, B, T, V, P, c)."""
         motion = self.motion(maps.flatten(0, 1)).unflatten(1, maps.shape[:2])  # (directions, B, V, T, c, H, W)
-        return self.norm(motion.flatten(5).permute(0, 1, 3, 2, 5, 4)).flatten(3, 4)  # (directions, B, T, V·P, c)
+        return self.norm(patches(motion).transpose(2, 3))
 
-    def _attention(self, query: torch.Tensor, keys: CrossMotionKeys) -> torch.Tensor:
-        motion = self._motion(query) / math.sqrt(keys.motion.shape[-1])
-        scores = motion @ keys.motion.transpose(-1, -2)  # (directions, B, T, Q·P, S·P)
+    def _attention(self, motion: torch.Tensor, key_motion: torch.Tensor) -> torch.Tensor:
+        """(directions, B, T, Q, P, c) and (directions, B, T, S·P, c) -> (B, T, Q·P, S·P), averaged over directions."""
+        motion = motion.flatten(3, 4) / math.sqrt(motion.shape[-1])
+        scores = motion @ key_motion.transpose(-1, -2)
         return self.attention_dropout(scores.softmax(-1)).mean(0)
 
     @staticmethod
-    def _by_video(attention: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        patches = query.shape[-1] * query.shape[-2]
-        return attention.unflatten(3, (-1, patches)).unflatten(2, (-1, patches)).transpose(1, 2)
+    def _by_video(attention: torch.Tensor, num_patches: int) -> torch.Tensor:
+        """(B, T, Q·P, S·P) -> (B, Q, T, P, S, P)."""
+        return attention.unflatten(3, (-1, num_patches)).unflatten(2, (-1, num_patches)).transpose(1, 2)

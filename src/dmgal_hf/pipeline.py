@@ -1,70 +1,51 @@
 """`pipeline("few-shot-video-classification")`: a few clips a class, then labels for videos and streams."""
 
-import hashlib
-import io
 import json
 import math
 import os
-import re
-import sys
 import tempfile
 import types
-import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import av
 import datasets
 import torch
-from av.stream import Disposition
-from av.video.reformatter import VideoReformatter
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import CommitInfo, HfApi
+from safetensors import SafetensorError
 from transformers import Pipeline, PreTrainedModel, pipeline
-from transformers.utils.hub import extract_commit_hash
 
-from .configuration_dmgal import DmgalConfig
 from .modeling_dmgal import DmgalSupport
-from .video_decoding import VideoDecodeError, _orientation, _oriented, _to_rgb
-from .video_processing_dmgal import DmgalVideoProcessor, DmgalVideoProcessorKwargs, _list_videos
+from .query_model import DmgalQueryModel
+from .streaming import Picture, StreamedLabel, Window, decode_in_order, is_live, sampled_windows
+from .support_sets import (
+    ABOUT_FILE,
+    SUPPORT_FILE,
+    SUPPORT_FORMAT,
+    UNKNOWN,
+    FittedSupport,
+    check_same_size,
+    check_unknown,
+    clip_digests,
+    find_support,
+    fingerprint,
+    load_processor,
+    model_id,
+    model_revision,
+    numbered,
+    read_classes,
+    support_card,
+    undecoded_column,
+    warn_of_repeats,
+)
+from .video_decoding import VideoDecodeError
+from .video_processing_dmgal import DmgalVideoProcessor, _list_videos
 
 TASK = "few-shot-video-classification"
-UNKNOWN = "unknown"
-SUPPORT_FILE, ABOUT_FILE = "support.safetensors", "support.json"
-SUPPORT_FORMAT = 1
-
-# Fields of DmgalConfig that change no feature, or hold what each version of transformers writes differently.
-_NOT_IN_FINGERPRINT = {"attention_dropout", "backbone_config", "format_version", "position_dropout",
-                       "score_temperature"}  # fmt: skip
-
-
-class StreamedLabel(NamedTuple):
-    """The answer for one window: `start` and `end` in seconds from the first frame, the best label and its score."""
-
-    start: float
-    end: float
-    label: str
-    score: float
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """
-    A support set of one episode: `labels` names its classes; the S clips of `support` have the `digests` (None for
-    arrays); `pixel_values` (S, T, 3, H, W) are kept only where leaving one out needs them. `unknown` is the threshold
-    on distances, and `auto` says that it comes from leaving one out.
-    """
-
-    labels: tuple[str, ...]
-    support: DmgalSupport
-    digests: tuple[str | None, ...]
-    pixel_values: torch.Tensor | None
-    unknown: float | None
-    auto: bool
+FRAMES_TOGETHER = 16  # of a stream in one pass through the backbone: more cost memory and are not faster
 
 
 @dataclass(frozen=True)
@@ -104,7 +85,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
     ```
     """
 
-    _load_processor = False
+    load_processor = False
     _load_image_processor = None  # optional for the loader: a model passed as an object has no name it could use
     _load_video_processor = False
     _load_feature_extractor = False
@@ -114,18 +95,18 @@ class FewShotVideoClassificationPipeline(Pipeline):
         if not hasattr(model, "encode_support"):
             raise ValueError(f"{TASK!r} needs a DmgalModel, not a {type(model).__name__}: choose a DMGAL checkpoint.")
         processor = kwargs.pop("processor", None) if image_processor is None else image_processor
-        processor = _load_processor(model) if processor is None else processor
+        processor = load_processor(model) if processor is None else processor
         if not isinstance(processor, DmgalVideoProcessor):
             raise ValueError(f"image_processor must be a DmgalVideoProcessor, got a {type(processor).__name__}.")
         super().__init__(model, image_processor=processor, task=kwargs.pop("task", TASK), **kwargs)
         self.model.eval()
         self.temperature = self.model.config.score_temperature
-        self._fitted: _Fitted | None = None
+        self._fitted: FittedSupport | None = None
 
     # The support set
 
     @property
-    def _current(self) -> _Fitted:
+    def _current(self) -> FittedSupport:
         if self._fitted is None:
             raise ValueError("this classifier has no classes yet: call fit({label: [videos]}) or load(folder) first")
         return self._fitted
@@ -147,7 +128,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
     @unknown.setter
     def unknown(self, distance: float | None):
-        _check_unknown(distance, self.labels)
+        check_unknown(distance, self.labels)
         self._fitted = replace(self._current, unknown=distance, auto=False)
 
     def fit(
@@ -182,20 +163,20 @@ class FewShotVideoClassificationPipeline(Pipeline):
             ValueError: fewer than two classes, a class without videos, a label that is no string, or a threshold that
                 is not possible. `VideoDecodeError` for a clip that cannot be read. Nothing has changed then.
         """
-        classes = _read_classes(support, video_column, label_column)
+        classes = read_classes(support, video_column, label_column)
         if len(classes) < 2:
             raise ValueError(
                 f"`support` has {len(classes)} class(es), {list(classes)}: a classifier needs at least two. Add "
                 "one of clips that show anything else."
             )
-        _check_unknown(None if unknown == "auto" else unknown, classes, reserve=unknown is not None)
-        digests = _digests(classes)
-        _warn_of_repeats(classes, digests, {})
+        check_unknown(None if unknown == "auto" else unknown, classes, reserve=unknown is not None)
+        digests = clip_digests(classes)
+        warn_of_repeats(classes, digests, {})
         encoded, pixel_values = self._encode(classes, unknown == "auto", batch_size)
         labels = tuple(classes)
-        fitted = _Fitted(
+        fitted = FittedSupport(
             labels=labels,
-            support=_numbered(encoded, [labels.index(label) for label in classes for _ in classes[label]]),
+            support=numbered(encoded, [labels.index(label) for label in classes for _ in classes[label]]),
             digests=tuple(digests.values()),
             pixel_values=pixel_values,
             unknown=None if unknown == "auto" else unknown,
@@ -214,25 +195,25 @@ class FewShotVideoClassificationPipeline(Pipeline):
         Args and errors as in [`fit`].
         """
         old = self._current
-        classes = _read_classes(support, "video", "label")
-        _check_unknown(None, classes, reserve=old.unknown is not None)
+        classes = read_classes(support, "video", "label")
+        check_unknown(None, classes, reserve=old.unknown is not None)
         needs_clips = old.auto and self.model.has_cross_adapters
         if needs_clips and old.pixel_values is None:
             raise ValueError(
                 "the threshold of this loaded support set cannot be set anew: with Cmga-Adapters that takes all "
                 "clips, and they are not saved. Fit again with all clips, or set `unknown` to a distance."
             )
-        digests = _digests(classes)
+        digests = clip_digests(classes)
         numbers = old.support.labels[0].tolist()
-        _warn_of_repeats(classes, digests, {d: old.labels[n] for d, n in zip(old.digests, numbers) if d is not None})
+        warn_of_repeats(classes, digests, {d: old.labels[n] for d, n in zip(old.digests, numbers) if d is not None})
         encoded, pixel_values = self._encode(classes, old.auto, batch_size)
-        _check_same_size(old.support, encoded)
+        check_same_size(old.support, encoded)
         labels = tuple(dict.fromkeys([*old.labels, *classes]))
         numbers += [labels.index(label) for label in classes for _ in classes[label]]
         fitted = replace(
             old,
             labels=labels,
-            support=_numbered(DmgalSupport.cat([old.support, encoded]), numbers),
+            support=numbered(DmgalSupport.cat([old.support, encoded]), numbers),
             digests=old.digests + tuple(digests.values()),
             pixel_values=torch.cat([old.pixel_values, pixel_values]) if needs_clips else None,
         )
@@ -261,7 +242,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         fitted = replace(
             old,
             labels=left,
-            support=_numbered(old.support.select(clips), [left.index(names[clip]) for clip in clips]),
+            support=numbered(old.support.select(clips), [left.index(names[clip]) for clip in clips]),
             digests=tuple(old.digests[clip] for clip in clips),
             pixel_values=None if old.pixel_values is None else old.pixel_values[clips],
         )
@@ -293,14 +274,14 @@ class FewShotVideoClassificationPipeline(Pipeline):
         self.temperature = float(temperatures[(scores * targets).sum((1, 2)).argmax()])
         return self.temperature
 
-    def _with_threshold(self, fitted: _Fitted) -> _Fitted:
+    def _with_threshold(self, fitted: FittedSupport) -> FittedSupport:
         if not fitted.auto:
             return fitted
         distances = -self._leave_one_out(fitted, 'unknown="auto"')
         own = distances.gather(1, fitted.support.labels[0].cpu()[:, None])
         return replace(fitted, unknown=float(own.max()))
 
-    def _leave_one_out(self, fitted: _Fitted, purpose: str) -> torch.Tensor:
+    def _leave_one_out(self, fitted: FittedSupport, purpose: str) -> torch.Tensor:
         """Logits of the support clips, each without itself: (S, N) float32 on the CPU."""
         counts = Counter(fitted.support.labels[0].tolist())
         single = [label for number, label in enumerate(fitted.labels) if counts[number] < 2]
@@ -332,13 +313,17 @@ class FewShotVideoClassificationPipeline(Pipeline):
                 pixel_values = self.image_processor._pixel_values(batch)
                 labels = torch.zeros(1, len(batch), dtype=torch.int64, device=self.device)
                 parts.append(self.model.encode_support(self._to_model(pixel_values[None]), labels))
-                _check_same_size(parts[0], parts[-1])
+                check_same_size(parts[0], parts[-1])
                 if keep and self.model.has_cross_adapters:
                     kept.append(pixel_values)
         return DmgalSupport.cat(parts), torch.cat(kept) if kept else None
 
     def _to_model(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return pixel_values.to(self.device, self.model.dtype)
+
+    def query_model(self) -> DmgalQueryModel:
+        """The model with the classes of now built in, to be compiled or exported: query videos in, logits out."""
+        return DmgalQueryModel(self.model, self.support)
 
     # Kept support sets
 
@@ -355,8 +340,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
             "unknown_is_auto": fitted.auto,
             "temperature": self.temperature,
             "clip_digests": list(fitted.digests),
-            "model": _model_id(self.model),
-            "revision": _revision(self.model),
+            "model": model_id(self.model),
+            "revision": model_revision(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "fingerprint": fingerprint(self.model, self.image_processor),
         }
@@ -377,9 +362,10 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
         Raises:
             FileNotFoundError: there is no such support set.
-            ValueError: it was made with another model, other weights or another preprocessing; both are named.
+            ValueError: it was made with another model, other weights or another preprocessing; both are named. Or a
+                file of it is damaged.
         """
-        about, path = _find_support(folder_or_id, revision, token)
+        about, path = find_support(folder_or_id, revision, token)
         found = fingerprint(self.model, self.image_processor)
         if found != about["fingerprint"]:
             made_with = (
@@ -387,13 +373,17 @@ class FewShotVideoClassificationPipeline(Pipeline):
             )
             raise ValueError(
                 f"the support set {os.fspath(folder_or_id)!r} was made with {made_with}, and this classifier has "
-                f"{_model_id(self.model) or 'a model without a name'} (revision {_revision(self.model)}, "
+                f"{model_id(self.model) or 'a model without a name'} (revision {model_revision(self.model)}, "
                 f"{str(self.model.dtype).removeprefix('torch.')}): weights, config or preprocessing differ, so the "
                 "kept features mean nothing here. Load that model, or fit again from the clips."
             )
-        self._fitted = _Fitted(
+        try:
+            support = DmgalSupport.load(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): fit again from the clips, and save") from error
+        self._fitted = FittedSupport(
             labels=tuple(about["labels"]),
-            support=DmgalSupport.load(path).to(self.device),
+            support=support.to(self.device),
             digests=tuple(about["clip_digests"]),
             pixel_values=None,
             unknown=about["unknown"],
@@ -410,11 +400,14 @@ class FewShotVideoClassificationPipeline(Pipeline):
         commit_message: str = "Upload support set",
     ) -> CommitInfo:
         """Uploads the support set (not the model) to a repository of its own, which is made if need be."""
-        api = HfApi(token=token)
+        fitted, api = self._current, HfApi(token=token)
+        model, numbers = model_id(self.model), fitted.support.labels[0].tolist()
+        shots = {label: numbers.count(number) for number, label in enumerate(fitted.labels)}
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
-            Path(folder, "README.md").write_text(_support_card(self), encoding="utf-8")
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            card = support_card(repo_id, None if model is None or os.path.isabs(model) else model, shots)
+            Path(folder, "README.md").write_text(card, encoding="utf-8")
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
 
     @classmethod
@@ -434,7 +427,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
             model (`str` or `PreTrainedModel`, *optional*): where the same model lies now, if it moved.
             kwargs: for [`~transformers.pipeline`].
         """
-        about, _ = _find_support(folder_or_id, revision, token)
+        about, _ = find_support(folder_or_id, revision, token)
         if model is None:
             model = about["model"]
             if not model or (os.path.isabs(model) and not os.path.isdir(model)):
@@ -477,7 +470,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         if isinstance(inputs, datasets.Dataset):
             raise ValueError("give a column of the dataset, for example dataset['video']")
         if isinstance(inputs, datasets.arrow_dataset.Column):
-            return list(super().__call__((video for video in _plain(inputs)), **kwargs))
+            return list(super().__call__((video for video in undecoded_column(inputs)), **kwargs))
         if isinstance(inputs, (types.GeneratorType, torch.utils.data.Dataset)):
             return super().__call__(inputs, **kwargs)
         videos = _list_videos(inputs, "videos")
@@ -512,16 +505,21 @@ class FewShotVideoClassificationPipeline(Pipeline):
     # Streams
 
     def stream(
-        self, video: Any, window: float = 2.0, stride: float = 0.5, format: str | None = None
+        self,
+        video: Any,
+        window: float = 2.0,
+        stride: float = 0.5,
+        format: str | None = None,
+        batch_size: int | None = None,
     ) -> Iterator[StreamedLabel]:
         """
         Classifies a long or endless video as it goes, window by window. Window k begins `k · stride` seconds after the
-        first frame; of its T segments the frame shown at the centre is taken, and it is answered as soon as the last
+        first frame; of its T segments the frame shown at the centre is taken, and it is complete as soon as the last
         of these T is there. A video shorter than a window is answered once, its last frame standing in for the rest.
 
         Each frame is decoded once, and each that is taken is resized and goes through the backbone once, however many
         windows share it: give a stride that is a multiple of window / T. (With MGA adapters, which compare
-        neighbouring frames, the backbone runs anew for every window.) Memory is that of a window.
+        neighbouring frames, the backbone runs anew for every window.) Memory is that of `batch_size` windows.
 
         Args:
             video: path, URL, bytes, binary file object, `{"path", "bytes"}` dict, the number of a camera, or whatever
@@ -529,325 +527,73 @@ class FewShotVideoClassificationPipeline(Pipeline):
             window (`float`): seconds.
             stride (`float`): seconds from one window to the next.
             format (`str`, *optional*): FFmpeg's name of the input format, for devices: "v4l2", "dshow", ...
+            batch_size (`int`, *optional*):
+                Windows that go through the model together, which is faster and answers that much later. By default 8
+                for a file or bytes, whose frames wait for nobody, and 1 for a camera, a device or a URL.
 
         Yields:
             [`StreamedLabel`] `(start, end, label, score)`.
 
         Raises:
-            ValueError: there are no classes yet, or `window` or `stride` is not above 0.
+            ValueError: there are no classes yet, or `window`, `stride` or `batch_size` is not above 0.
             VideoDecodeError: what does not open, holds no video or is damaged.
         """
         self._current  # noqa: B018 - raises before fit
         for name, seconds in (("window", window), ("stride", stride)):
-            if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
                 raise ValueError(f"{name} must be a number of seconds above 0, got {seconds!r}")
+        if batch_size is None:
+            batch_size = 1 if is_live(video, format) else 8
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         window, stride = (Fraction(seconds).limit_denominator(10**6) for seconds in (window, stride))
-        return self._stream(_decode_in_order(video, format), window, stride)
+        return self._stream(decode_in_order(video, format), window, stride, batch_size)
 
-    def _stream(self, decoded: Iterator, window: Fraction, stride: Fraction) -> Iterator[StreamedLabel]:
-        num_frames = self.image_processor.num_frames
-        spacing = window / num_frames
-        begun, waiting, answered = 0, deque(), False
-        for end, picture in decoded:
-            while begun * stride + spacing / 2 < end:
-                waiting.append((begun * stride, []))
-                begun += 1
-            frame = None
-            for start, frames in waiting:
-                while len(frames) < num_frames and start + (2 * len(frames) + 1) * spacing / 2 < end:
-                    frame = self._read_frame(picture) if frame is None else frame
-                    frames.append(frame)
-            while waiting and len(waiting[0][1]) == num_frames:
-                start, frames = waiting.popleft()
-                answered = True
-                yield self._label_window(start, start + window, frames)
-        if not answered:
-            frames = waiting[0][1] if waiting else [self._read_frame(picture)]
-            yield self._label_window(Fraction(0), end, frames + frames[-1:] * (num_frames - len(frames)))
+    def _stream(
+        self, decoded: Iterator, window: Fraction, stride: Fraction, batch_size: int
+    ) -> Iterator[StreamedLabel]:
+        windows = sampled_windows(decoded, window, stride, self.image_processor.num_frames, self._read_frame)
+        batch = []
+        try:
+            for complete in windows:
+                batch.append(complete)
+                if len(batch) == batch_size:
+                    yield from self._label_windows(batch)
+                    batch = []
+        except VideoDecodeError:
+            yield from self._label_windows(batch)  # what came before the damage
+            raise
+        yield from self._label_windows(batch)
 
-    def _read_frame(self, picture: "_Picture") -> "_Frame":
+    def _read_frame(self, picture: Picture) -> torch.Tensor:
         clip = self.image_processor.resize_and_crop(picture.clip(), f"the frame of {picture.source}")
-        return _Frame(self.image_processor.normalize(clip)[0])
+        return self.image_processor.normalize(clip)[0]
 
-    def _label_window(self, start: Fraction, end: Fraction, frames: list["_Frame"]) -> StreamedLabel:
+    def _label_windows(self, windows: list[Window]) -> Iterator[StreamedLabel]:
+        if not windows:
+            return
         with torch.no_grad(), self.device_placement():
             if self.model.frames_are_independent:
-                new = list({id(frame): frame for frame in frames if not frame.encoded}.values())
-                if new:
-                    maps = self.model.encode_frames(self._to_model(torch.stack([frame.tensor for frame in new])))
-                    for frame, frame_maps in zip(new, maps):
-                        frame.tensor, frame.encoded = frame_maps.clone(), True  # not a view: it would keep the others
-                query = {"query_maps": torch.stack([frame.tensor for frame in frames])[None, None]}
+                self._encode_frames(windows)
+                maps = [torch.stack([frame.tensor for frame in window.frames]) for window in windows]
+                query = {"query_maps": torch.stack(maps)[None]}
             else:
-                pixel_values = torch.stack([frame.tensor for frame in frames])
-                query = {"query_pixel_values": self._to_model(pixel_values)[None, None]}
+                videos = [torch.stack([frame.tensor for frame in window.frames]) for window in windows]
+                query = {"query_pixel_values": self._to_model(torch.stack(videos))[None]}
             logits = self.model(**query, support=self.support).logits[0].cpu()
-        best = self.postprocess({"logits": logits}, top_k=1)[0]
-        return StreamedLabel(float(start), float(end), best["label"], best["score"])
+        for window, of_window in zip(windows, logits):
+            best = self.postprocess({"logits": of_window[None]}, top_k=1)[0]
+            yield StreamedLabel(float(window.start), float(window.end), best["label"], best["score"])
 
-
-@dataclass
-class _Frame:
-    """A frame that windows share: pixel values (3, H, W), replaced by the backbone's maps (C, h, w) once encoded."""
-
-    tensor: torch.Tensor
-    encoded: bool = False
-
-
-@dataclass
-class _Picture:
-    """A decoded frame, converted only if a window takes it."""
-
-    source: str
-    frame: av.VideoFrame
-    reformatter: VideoReformatter
-
-    def clip(self) -> torch.Tensor:
-        """(1, 3, H, W) uint8, as `read_frames` gives it."""
-        rgb = _oriented(_to_rgb(self.frame, self.reformatter), _orientation(self.frame))
-        return torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None]
-
-
-def _decode_in_order(video: Any, format: str | None) -> Iterator[tuple[Fraction, _Picture]]:
-    """All frames, each with the time it is shown until, in seconds after the first appeared."""
-    source, media, format = _stream_source(video, format)
-    try:
-        with av.open(media, format=format, metadata_errors="replace") as container:
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams or container.format.name == "tty":  # FFmpeg draws text files
-                raise VideoDecodeError(source, f"no video stream ({container.format.name})")
-            usual = 1 / (streams[0].average_rate or Fraction(25))
-            reformatter = VideoReformatter()
-            first = time = picture = None
-            for frame in container.decode(streams[0]):
-                stamp = None if frame.pts is None else frame.pts * frame.time_base
-                if picture is not None:
-                    # Some old files have time stamps that run back, or none.
-                    time = max(stamp - first, time) if stamp is not None and stamp - first > time else time + usual
-                    yield time, picture
-                else:
-                    first, time = stamp or Fraction(0), Fraction(0)
-                picture = _Picture(source, frame, reformatter)
-            if picture is None:
-                raise VideoDecodeError(source, "none of its packets decodes to a frame")
-            yield time + usual, picture
-    except (av.FFmpegError, OSError) as error:
-        raise VideoDecodeError(source, f"not a readable video ({error.strerror})") from error
-
-
-def _stream_source(video: Any, format: str | None) -> tuple[str, Any, str | None]:
-    """Name for messages, what av opens, and FFmpeg's format."""
-    if isinstance(video, int) and not isinstance(video, bool):
-        cameras = {"linux": (f"/dev/video{video}", "v4l2"), "darwin": (str(video), "avfoundation")}
-        if sys.platform not in cameras:
-            raise ValueError(f"cameras have no numbers on {sys.platform}: pass 'video=NAME' and format='dshow'")
-        device, camera_format = cameras[sys.platform]
-        return f"camera {video} ({device})", device, format or camera_format
-    if isinstance(video, Mapping):
-        video = video.get("path") if video.get("bytes") is None else video["bytes"]
-    if isinstance(video, (bytes, bytearray, memoryview)):
-        return "<bytes>", io.BytesIO(video), format
-    if hasattr(video, "read"):
-        return str(getattr(video, "name", "<file object>")), video, format
-    if not isinstance(video, (str, os.PathLike)):
-        raise VideoDecodeError(
-            "<stream>", f"a stream cannot be a {type(video).__name__}", "Give a path, a URL or the number of a camera."
-        )
-    path = os.fspath(video)
-    # An absolute path cannot be taken for one of FFmpeg's protocols ("concat:...").
-    is_name = format is not None or re.match(r"(https?|rtsps?|rtmps?|rtp|udp|tcp|srt)://", path)
-    return path, path if is_name else os.path.abspath(path), format
-
-
-# Example clips
-
-
-def _read_classes(support: Any, video_column: str, label_column: str) -> dict[str, dict[str, Any]]:
-    """For each label its videos, by the names that errors call them."""
-    if isinstance(support, datasets.Dataset):
-        support = _group_rows(support, video_column, label_column)
-    if not isinstance(support, Mapping):
-        raise ValueError(
-            f"`support` is a mapping of labels to videos or a datasets.Dataset, not a {type(support).__name__}"
-        )
-    if not support:
-        raise ValueError("`support` is empty: give at least one class")
-    for label in support:
-        if not isinstance(label, str):
-            raise ValueError(f"the label {label!r} is a {type(label).__name__}: labels are strings")
-    return {label: _list_videos(examples, f"support[{label!r}]") for label, examples in support.items()}
-
-
-def _group_rows(dataset: datasets.Dataset, video_column: str, label_column: str) -> dict[str, list[Any]]:
-    for name in (video_column, label_column):
-        if name not in dataset.column_names:
-            raise ValueError(f"the dataset has no column {name!r}; its columns are {dataset.column_names}")
-    feature, classes = dataset.features[label_column], {}
-    for row, (label, video) in enumerate(zip(dataset[label_column], _plain(dataset[video_column]))):
-        if label is None:
-            raise ValueError(f"row {row} of the dataset has no {label_column}")
-        name = feature.int2str(label) if isinstance(feature, datasets.ClassLabel) else str(label)
-        classes.setdefault(name, []).append(video)
-    return classes
-
-
-def _plain(column: "datasets.arrow_dataset.Column") -> "datasets.arrow_dataset.Column":
-    """A column of videos as {"path", "bytes"}, which the processor reads itself."""
-    if not isinstance(column.features, datasets.Video) or not column.features.decode:
-        return column
-    return column.source.cast_column(column.column_name, datasets.Video(decode=False))[column.column_name]
-
-
-def _digests(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
-    return {name: _digest(video) for videos in classes.values() for name, video in videos.items()}
-
-
-def _digest(video: Any) -> str | None:
-    """What tells whether two clips are the same video: a hash of the file's content, or of the address of others."""
-    if isinstance(video, Mapping):
-        video = video.get("path") if video.get("bytes") is None else video["bytes"]
-    if isinstance(video, (str, os.PathLike)):
-        path = os.fspath(video)
-        if not os.path.isfile(path):
-            return hashlib.sha256(path.encode()).hexdigest()
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return hashlib.sha256(video).hexdigest() if isinstance(video, (bytes, bytearray, memoryview)) else None
-
-
-def _warn_of_repeats(
-    classes: Mapping[str, Mapping[str, Any]], digests: Mapping[str, str | None], seen: dict[str, str]
-):
-    """`seen`: labels by the digests of clips that are there already."""
-    for label, videos in classes.items():
-        for name, video in videos.items():
-            digest = digests[name]
-            if digest is not None and seen.setdefault(digest, label) != label:
-                shown = os.fspath(video) if isinstance(video, (str, os.PathLike)) else name
-                warnings.warn(
-                    f"{shown} is an example of {label!r}, and the same video is one of {seen[digest]!r}: the two "
-                    "cannot be told apart by it",
-                    stacklevel=3,
-                )
-
-
-def _numbered(support: DmgalSupport, numbers: list[int]) -> DmgalSupport:
-    labels = torch.tensor([numbers], device=support.labels.device)
-    return replace(support, labels=labels, way=max(numbers) + 1)
-
-
-def _check_same_size(first: DmgalSupport, other: DmgalSupport):
-    sizes = [
-        {name: state.shape[-2] // part.features.shape[1] for name, state in part.states.items() if state.ndim > 1}
-        for part in (first, other)
-    ]
-    if sizes[0] != sizes[1] or first.features.shape[2:] != other.features.shape[2:]:
-        raise ValueError(
-            "the clips come out in different sizes: set do_center_crop=True of the processor, or give clips of one "
-            "size"
-        )
-
-
-def _check_unknown(distance: Any, labels: Any, reserve: bool | None = None):
-    """`reserve`: whether the answer "unknown" is wanted, by default whether there is a distance."""
-    is_number = isinstance(distance, (int, float)) and not isinstance(distance, bool) and math.isfinite(distance)
-    if distance is not None and not is_number:
-        raise ValueError(f"`unknown` is {distance!r}; allowed are 'auto' (in fit), a distance, or None")
-    if UNKNOWN in labels and (distance is not None if reserve is None else reserve):
-        raise ValueError(f"a class is called {UNKNOWN!r}, which the threshold on distances answers: rename the class")
-
-
-# Models and kept support sets
-
-
-def _load_processor(model: PreTrainedModel) -> DmgalVideoProcessor:
-    name = _model_id(model)
-    if not name:
-        raise ValueError(
-            "the model does not come from a checkpoint, so there is no processor to go with it: pass "
-            "image_processor=DmgalVideoProcessor(...)."
-        )
-    try:
-        return DmgalVideoProcessor.from_pretrained(name, revision=_revision(model))
-    except OSError as error:
-        raise ValueError(
-            f"{name} has no preprocessor_config.json: save its DmgalVideoProcessor there, or pass image_processor=."
-        ) from error
-
-
-def _model_id(model: PreTrainedModel) -> str | None:
-    """Id or absolute folder of the checkpoint, None for a model that has none."""
-    name = getattr(model, "name_or_path", None)
-    return os.path.abspath(name) if name and os.path.isdir(name) else name or None
-
-
-def _revision(model: PreTrainedModel) -> str | None:
-    """Commit of the checkpoint on the Hub; transformers no longer keeps it, and then it is that of the cached main."""
-    name = _model_id(model)
-    if name is None or os.path.isabs(name):
-        return None
-    cached = try_to_load_from_cache(name, "config.json")
-    known = getattr(model.config, "_commit_hash", None)
-    return extract_commit_hash(cached if isinstance(cached, str) else None, known)
-
-
-def fingerprint(model: PreTrainedModel, processor: DmgalVideoProcessor) -> str:
-    """SHA-256 of all that the features of a clip depend on: weights, fields of the config and of the processor."""
-    fields = {name: getattr(model.config, name) for name in DmgalConfig.__annotations__.keys() - _NOT_IN_FINGERPRINT}
-    settings = {name: getattr(processor, name) for name in DmgalVideoProcessorKwargs.__annotations__}
-    digest = hashlib.sha256(json.dumps([fields, settings], sort_keys=True, default=str).encode())
-    weights = {name.removeprefix("base_model.model."): weight for name, weight in model.state_dict().items()}
-    for name, weight in sorted(weights.items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _find_support(
-    folder_or_id: str | os.PathLike, revision: str | None, token: str | bool | None
-) -> tuple[dict[str, Any], Path]:
-    """What `support.json` says, and the path of the tensors."""
-    name = os.fspath(folder_or_id)
-    if os.path.isdir(name):
-        about, tensors = Path(name, ABOUT_FILE), Path(name, SUPPORT_FILE)
-        missing = [path.name for path in (about, tensors) if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{name} holds no support set: {', '.join(missing)} is missing. save() writes it.")
-    else:
-        try:
-            about, tensors = (
-                Path(hf_hub_download(name, file, revision=revision, token=token))
-                for file in (ABOUT_FILE, SUPPORT_FILE)
-            )
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise FileNotFoundError(f"{name} is no folder and no support set on the Hub ({error})") from error
-    fields = json.loads(about.read_text(encoding="utf-8"))
-    if fields.get("format_version") != SUPPORT_FORMAT:
-        raise ValueError(
-            f"{about} has format version {fields.get('format_version')!r}; this release of dmgal_hf reads "
-            f"{SUPPORT_FORMAT}. Update it with `pip install -U dmgal-hf`, or fit again."
-        )
-    return fields, tensors
-
-
-def _support_card(classifier: FewShotVideoClassificationPipeline) -> str:
-    model = _model_id(classifier.model)
-    on_hub = model is not None and not os.path.isabs(model)
-    counts = Counter(classifier.support.labels[0].tolist())
-    lines = ["---", "library_name: dmgal-hf", "pipeline_tag: video-classification", "tags:", "- few-shot-learning"]
-    lines += [f"base_model: {model}"] if on_hub else []
-    lines += ["---", "", "# A few-shot video classifier", "", "| class | example clips |", "|---|---|"]
-    lines += [f"| {label} | {counts[number]} |" for number, label in enumerate(classifier.labels)]
-    lines += [
-        "",
-        "```python",
-        "from dmgal_hf import FewShotVideoClassificationPipeline",
-        "",
-        'clf = FewShotVideoClassificationPipeline.from_pretrained("this repository")',
-        'clf("query.mp4")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    def _encode_frames(self, windows: list[Window]):
+        """Replaces the pixels of the frames that are new in these windows by the backbone's maps."""
+        frames = (frame for window in windows for frame in window.frames if not frame.encoded)
+        new = list({id(frame): frame for frame in frames}.values())
+        for start in range(0, len(new), FRAMES_TOGETHER):
+            part = new[start : start + FRAMES_TOGETHER]
+            maps = self.model.encode_frames(self._to_model(torch.stack([frame.tensor for frame in part])))
+            for frame, frame_maps in zip(part, maps):
+                frame.tensor, frame.encoded = frame_maps.clone(), True  # not a view: it would keep the others
 
 
 __all__ = ["FewShotVideoClassificationPipeline", "StreamedLabel"]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .alignment import cosine_distance
-from .modeling_dmgal import DmgalModel, DmgalOutput
+from .modeling_dmgal import DmgalModel, DmgalOutput, DmgalSupport
 from .motion_attention import SelfMotionAttention, sinusoidal_position_code
 from .video_processing_dmgal import DmgalVideoProcessor
 
@@ -195,6 +195,7 @@ def plot_episode(
     query: int = 0,
     label_names: Sequence[Any] | None = None,
     temperature: float | None = None,
+    kept_support: DmgalSupport | None = None,
 ) -> Figure:
     """
     An episode sheet: the query and the supports as strips of frames, the scores of the classes, and how the frames of
@@ -212,6 +213,8 @@ def plot_episode(
         label_names (`Sequence`, *optional*): names of the N classes; by default those of the episode, or numbers.
         temperature (`float`, *optional*):
             Scores are softmax(logits / temperature); by default `config.score_temperature` of the model.
+        kept_support ([`DmgalSupport`], *optional*):
+            The supports of the episode as [`DmgalModel.encode_support`] gave them, so that only the query is encoded.
 
     Returns:
         `Figure`: with axes labelled "query", "support s", "scores" (N bars) and "distances" (an image of shape
@@ -219,15 +222,21 @@ def plot_episode(
         the matches, the frame of the support as x).
 
     Raises:
-        ValueError: a number is out of range, or the episode lacks a tensor or is not one.
+        ValueError: a number is out of range, the episode lacks a tensor or is not one, or `kept_support` is of others.
     """
     temperature = model.config.score_temperature if temperature is None else temperature
     if not temperature > 0:
         raise ValueError(f"`temperature` is {temperature!r}; it must be more than 0")
     support, labels, query_video = _read_episode(episode, query)
     names = _class_names(episode, label_names, labels)
+    if kept_support is not None and not torch.equal(kept_support.labels.cpu(), labels[None]):
+        raise ValueError("`kept_support` has other labels than the supports of `episode`: encode just those")
     with _reading(model):
-        output = _run(model, support, labels, query_video)
+        if kept_support is None:
+            output = _run(model, support, labels, query_video)
+        else:
+            query_pixel_values = query_video[None, None].to(model.device, model.dtype)
+            output = model(query_pixel_values=query_pixel_values, support=kept_support, return_dict=True)
     logits = output.logits[0, 0].float().cpu()
     best = int(logits.argmax())
     features = output.query_features.float(), output.support_features[:, labels == best].float()

@@ -3,19 +3,23 @@
 Nothing here opens a video: a clip is known by its path. Every dataset has the columns `video`
 (`datasets.Video(decode=False)`, absolute path), `label` (`datasets.ClassLabel`) and `video_id` (string), and all
 splits share one list of class names: those of train, then of validation, then of test. A dataset points to its files;
-the `save_to_disk` and `push_to_hub` of `datasets` write the bytes of the videos along.
+the `save_to_disk` and `push_to_hub` of `datasets` write the bytes of the videos along, where each is one file.
 """
 
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, Video
 
+from ..extracted_frames import FRAME_SUFFIXES
+from ..zip_archive import open_zip, split_zip_path
 from .splits import (
     CLIP_SUFFIXES,
     SPLIT_NAMES,
@@ -31,7 +35,6 @@ from .splits import (
 
 logger = logging.getLogger(__name__)
 
-FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 SPLIT_FOLDERS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
 # A YouTube id has 11 characters of its own, "_" and "-" among them; Kinetics appends start and end in seconds.
@@ -51,12 +54,12 @@ def load_benchmark(
     The folder may be as the data set is published: `<id>.webm` (Something-Something V2),
     `<class>/<id>_<start>_<end>.mp4` or `<id>.mp4` (Kinetics; start and end with or without leading zeros),
     `<class>/<name>.avi` (HMDB51, UCF101; case does not count). Or frames extracted from a clip: a folder or a zip
-    archive of JPEG or PNG files that bears the clip's name. Of two files with one name, the one in the folder of its
-    class is taken.
+    archive of JPEG or PNG files that bears the clip's name. All of this may lie in one zip archive, which is read as
+    it is. Of two files with one name, the one in the folder of its class is taken.
 
     Args:
         name (`str`): "ssv2-full", "ssv2-small", "kinetics-100", "hmdb51" or "ucf101".
-        videos (`str` or `os.PathLike`): the folder of videos, searched once and in depth.
+        videos (`str` or `os.PathLike`): the folder of videos, or one zip archive of it; searched once and in depth.
         splits (`str` or `os.PathLike`, *optional*):
             Folder of the lists, see `read_split_lists`. Default: the authors' lists, fetched once and verified
             (`fetch_split_lists`).
@@ -114,7 +117,7 @@ def load_video_folder(
     frames; it may lie at any depth in the folder of its class.
 
     Args:
-        root (`str` or `os.PathLike`): the folder.
+        root (`str` or `os.PathLike`): the folder, or a zip archive, or `FILE.zip#/folder` inside one.
         seed (`int`): which division of the classes. Not used where the folder has splits.
         fractions (`Sequence[float]`): shares of train, validation and test. Not used where the folder has splits.
 
@@ -158,7 +161,8 @@ class VideoScan:
     """What lies below a folder, as sorted paths.
 
     Attributes:
-        clips (`list[str]`): video files, zip archives, and folders of frames with neither videos nor folders in them.
+        clips (`list[str]`): video files, zip archives, and folders of frames with neither videos nor folders in them;
+            in a zip archive, too, as `FILE.zip#/path/inside`.
         unknown (`list[str]`): the rest but hidden files: other files, images beside videos, broken links, empty
             folders.
     """
@@ -192,24 +196,33 @@ def scan_videos(root: str | os.PathLike) -> VideoScan:
 def _list_folder(folder: str) -> tuple[list[str], list[str], list[str], list[str]]:
     """Paths of clip files, images, other entries and sub-folders right in `folder`, hidden ones left out."""
     clips, images, others, subfolders = [], [], [], []
+    for name, kind in _entries(folder):
+        path = os.path.join(folder, name)
+        suffix = os.path.splitext(name)[1].lower()
+        if kind == "folder":
+            subfolders.append(path)
+        elif kind == "file" and suffix in CLIP_SUFFIXES:
+            clips.append(path)
+        elif kind == "file" and suffix in FRAME_SUFFIXES:
+            images.append(path)
+        else:  # a broken link and a socket, too
+            others.append(path)
+    return clips, images, others, subfolders
+
+
+def _entries(folder: str) -> Iterator[tuple[str, str]]:
+    """(name, "file" or "folder" or "other") of what is not hidden in a folder, or in a folder of a zip archive."""
+    if place := split_zip_path(folder):
+        found = open_zip(place[0]).folders[place[1]]
+        kinds = chain(
+            ((name, "file") for name in found.names), ((name, "folder") for name in sorted(found.subfolders))
+        )
+        yield from (entry for entry in kinds if not entry[0].startswith("."))
+        return
     with os.scandir(folder) as entries:
         for entry in entries:
-            name = entry.name
-            if name.startswith("."):
-                continue
-            if entry.is_dir():
-                subfolders.append(entry.path)
-                continue
-            suffix = os.path.splitext(name)[1].lower()
-            if not entry.is_file():  # a broken link, a socket
-                others.append(entry.path)
-            elif suffix in CLIP_SUFFIXES:
-                clips.append(entry.path)
-            elif suffix in FRAME_SUFFIXES:
-                images.append(entry.path)
-            else:
-                others.append(entry.path)
-    return clips, images, others, subfolders
+            if not entry.name.startswith("."):
+                yield entry.name, "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
 
 
 def find_videos(
@@ -450,9 +463,23 @@ def _refuse_unknown(root: str, unknown: Sequence[str]) -> None:
 
 
 def _existing_folder(folder: str | os.PathLike) -> str:
+    """The absolute path of a folder, also one in a zip archive, whose root is `FILE.zip#/`."""
     path = os.path.abspath(os.path.expanduser(folder))
+    if place := split_zip_path(path):
+        if place[1] not in open_zip(place[0]).folders:
+            raise FileNotFoundError(f"There is no folder {place[1]!r} in the zip archive {place[0]}.")
+        return path
     if os.path.isfile(path):
-        raise NotADirectoryError(f"{path} is a file. Pass a folder of videos; unpack an archive first.")
+        try:
+            open_zip(path)
+        except zipfile.BadZipFile as error:
+            raise NotADirectoryError(
+                f"{path} is a file and no readable zip archive ({error}). Pass a folder of videos, or a zip archive; "
+                "unpack any other."
+            ) from error
+        if not path.lower().endswith(".zip"):
+            raise NotADirectoryError(f"{path} is a zip archive by another name: give it one that ends in .zip.")
+        return f"{path}#/"
     if not os.path.isdir(path):
         raise FileNotFoundError(f"There is no folder of videos {path}.")
     return path

@@ -20,7 +20,9 @@ def load_videos(arguments: DataArguments) -> DatasetDict:
             f"dataset must be motion_shapes, folder or one of {', '.join(BENCHMARKS)}, got {arguments.dataset!r}."
         )
     if arguments.videos is None:
-        raise ValueError(f"dataset {arguments.dataset!r} needs videos: the folder that holds them.")
+        raise ValueError(f"dataset {arguments.dataset!r} needs videos: the folder or zip archive that holds them.")
     if arguments.dataset == "folder":
         return load_video_folder(arguments.videos)
-    return load_benchmark(arguments.dataset, arguments.videos, arguments.splits, allow_missing=arguments.allow_missing)
+    return load_benchmark(
+        arguments.dataset, arguments.videos, arguments.splits, arguments.class_labels, arguments.allow_missing
+    )

@@ -25,6 +25,7 @@ import shutil
 import signal
 import threading
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -43,6 +44,7 @@ from tqdm.auto import tqdm
 
 from ..video_decoding import VideoDecodeError, probe_video, read_frames_at, segment_indices
 from ..video_processing_dmgal import RESAMPLE_MODES, resize_short_side
+from ..zip_archive import open_zip, split_zip_path
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ JPEG_QUALITY = 95
 MAX_CLIPS_A_SHARD = 64  # what a killed process loses at most
 MAX_CLIP_BYTES = 2**31 - 1  # an Arrow array of bytes has 32-bit offsets
 BYTES_READ_AT_ONCE = 2**28  # decoded frames, a process
-SOURCE_FIELDS = ("dataset", "videos", "splits", "preset", "clips_per_class", "cache_dir")
+SOURCE_FIELDS = ("dataset", "videos", "splits", "class_labels", "preset", "clips_per_class", "cache_dir")
 
 INFO_FEATURES = Features(
     {"num_frames": Value("int64"), "fps": Value("float64"), "height": Value("int64"), "width": Value("int64"),
@@ -118,9 +120,14 @@ def describe_source(data: Any) -> dict[str, Any]:
     """The fields of [`DataArguments`] that name a dataset, paths made absolute: the `source` of [`prepare_videos`]."""
     source = {name: getattr(data, name) for name in SOURCE_FIELDS}
     for name in ("videos", "splits", "cache_dir"):
-        if source[name] is not None:
-            source[name] = os.path.abspath(os.path.expanduser(source[name]))
+        source[name] = None if source[name] is None else _absolute(source[name])
+    if source["class_labels"] is not None:
+        source["class_labels"] = [_absolute(path) for path in source["class_labels"]]
     return source
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def prepare_videos(videos: DatasetDict, arguments: PrepareArguments, source: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +246,11 @@ def _list_rows(split: str, dataset: Dataset) -> list[tuple[str, int, str]]:
 
 
 def _stat(path: str) -> Clip:
-    """A folder of frames counts as one file: all their bytes, and the time of the latest change."""
+    """A folder of frames counts as one file: all their bytes, and the time of the latest change. In a zip archive,
+    which is written anew whenever something is added, the checksum of the checksums takes the place of the time."""
+    if place := split_zip_path(path):
+        places = open_zip(place[0]).find(place[1])
+        return Clip(path, int(places[:, 1].sum()), zlib.crc32(places[:, 2].tobytes()))
     stats = [os.stat(path)]
     if os.path.isdir(path):
         stats += [entry.stat() for entry in os.scandir(path)]

@@ -1,0 +1,154 @@
+"""Long and endless videos: frames in the order they are shown, and the windows that share them."""
+
+import io
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import av
+import torch
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
+
+from .video_decoding import VideoDecodeError, _orientation, _oriented, _to_rgb
+
+URL = r"(https?|rtsps?|rtmps?|rtp|udp|tcp|srt)://"
+
+
+class StreamedLabel(NamedTuple):
+    """The answer for one window: `start` and `end` in seconds from the first frame, the best label and its score."""
+
+    start: float
+    end: float
+    label: str
+    score: float
+
+
+@dataclass
+class Frame:
+    """A frame that windows share: pixel values (3, H, W), replaced by the backbone's maps (C, h, w) once encoded."""
+
+    tensor: torch.Tensor
+    encoded: bool = False
+
+
+class Window(NamedTuple):
+    """The T sampled frames of the video between two times."""
+
+    start: Fraction
+    end: Fraction
+    frames: list[Frame]
+
+
+@dataclass
+class Picture:
+    """A decoded frame, converted only if a window takes it."""
+
+    source: str
+    frame: av.VideoFrame
+    reformatter: VideoReformatter
+
+    def clip(self) -> torch.Tensor:
+        """(1, 3, H, W) uint8, as `read_frames` gives it."""
+        rgb = _oriented(_to_rgb(self.frame, self.reformatter), _orientation(self.frame))
+        return torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None]
+
+
+def sampled_windows(
+    decoded: Iterator[tuple[Fraction, Picture]],
+    window: Fraction,
+    stride: Fraction,
+    num_frames: int,
+    read: Callable[[Picture], torch.Tensor],
+) -> Iterator[Window]:
+    """
+    Windows of equal length, each as soon as its last frame is there. Of its segments the frame shown at the centre is
+    taken; windows that take the same one share it, and `read` makes pixel values of it once.
+
+    Args:
+        decoded: what [`decode_in_order`] yields.
+        window (`Fraction`): seconds.
+        stride (`Fraction`): seconds from the start of a window to the next.
+        num_frames (`int`): T.
+        read (`Callable`): from a picture to pixel values (3, H, W).
+    """
+    spacing = window / num_frames
+    begun, waiting, complete = 0, deque(), False
+    for end, picture in decoded:
+        while begun * stride + spacing / 2 < end:
+            waiting.append((begun * stride, []))
+            begun += 1
+        frame = None
+        for start, frames in waiting:
+            while len(frames) < num_frames and start + (2 * len(frames) + 1) * spacing / 2 < end:
+                frame = Frame(read(picture)) if frame is None else frame
+                frames.append(frame)
+        while waiting and len(waiting[0][1]) == num_frames:
+            start, frames = waiting.popleft()
+            complete = True
+            yield Window(start, start + window, frames)
+    if not complete:
+        frames = waiting[0][1] if waiting else [Frame(read(picture))]
+        yield Window(Fraction(0), end, frames + frames[-1:] * (num_frames - len(frames)))
+
+
+def is_live(video: Any, format: str | None) -> bool:
+    """Whether frames may come no faster than they are shown: from a camera, a device or the net."""
+    is_number = isinstance(video, int)
+    return format is not None or is_number or (isinstance(video, str) and re.match(URL, video) is not None)
+
+
+def decode_in_order(video: Any, format: str | None) -> Iterator[tuple[Fraction, Picture]]:
+    """All frames, each with the time it is shown until, in seconds after the first appeared."""
+    source, media, format = _stream_source(video, format)
+    try:
+        with av.open(media, format=format, metadata_errors="replace") as container:
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams or container.format.name == "tty":  # FFmpeg draws text files
+                raise VideoDecodeError(source, f"no video stream ({container.format.name})")
+            usual = 1 / (streams[0].average_rate or Fraction(25))
+            reformatter = VideoReformatter()
+            first = time = picture = None
+            for frame in container.decode(streams[0]):
+                stamp = None if frame.pts is None else frame.pts * frame.time_base
+                if picture is not None:
+                    # Some old files have time stamps that run back, or none.
+                    time = max(stamp - first, time) if stamp is not None and stamp - first > time else time + usual
+                    yield time, picture
+                else:
+                    first, time = stamp or Fraction(0), Fraction(0)
+                picture = Picture(source, frame, reformatter)
+            if picture is None:
+                raise VideoDecodeError(source, "none of its packets decodes to a frame")
+            yield time + usual, picture
+    except (av.FFmpegError, OSError) as error:
+        raise VideoDecodeError(source, f"not a readable video ({error.strerror})") from error
+
+
+def _stream_source(video: Any, format: str | None) -> tuple[str, Any, str | None]:
+    """Name for messages, what av opens, and FFmpeg's format."""
+    if isinstance(video, int) and not isinstance(video, bool):
+        cameras = {"linux": (f"/dev/video{video}", "v4l2"), "darwin": (str(video), "avfoundation")}
+        if sys.platform not in cameras:
+            raise ValueError(f"cameras have no numbers on {sys.platform}: pass 'video=NAME' and format='dshow'")
+        device, camera_format = cameras[sys.platform]
+        return f"camera {video} ({device})", device, format or camera_format
+    if isinstance(video, Mapping):
+        video = video.get("path") if video.get("bytes") is None else video["bytes"]
+    if isinstance(video, (bytes, bytearray, memoryview)):
+        return "<bytes>", io.BytesIO(video), format
+    if hasattr(video, "read"):
+        return str(getattr(video, "name", "<file object>")), video, format
+    if not isinstance(video, (str, os.PathLike)):
+        raise VideoDecodeError(
+            "<stream>", f"a stream cannot be a {type(video).__name__}", "Give a path, a URL or the number of a camera."
+        )
+    path = os.fspath(video)
+    # An absolute path cannot be taken for one of FFmpeg's protocols ("concat:...").
+    is_name = format is not None or re.match(URL, path)
+    return path, path if is_name else os.path.abspath(path), format
