@@ -158,6 +158,7 @@ def main(data: DataArguments, model: ModelArguments, arguments: TrainArguments, 
         table = format_table(results, seeds)
         Path(arguments.output_dir, "table.md").write_text(table + "\n")
         print(table)
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

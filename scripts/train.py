@@ -5,6 +5,8 @@ Without --config it runs the quick start, scripts/configs/motion_shapes_ft.yaml.
 
 from pathlib import Path
 
+from accelerate import PartialState
+
 from dmgal_hf.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
 from dmgal_hf.training import describe_result, train
 
@@ -15,3 +17,4 @@ if __name__ == "__main__":
     )
     train(*arguments)
     describe_result(*arguments)
+    PartialState().destroy_process_group()

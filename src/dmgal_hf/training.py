@@ -168,7 +168,12 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
     with StopSignal() as stop:
         run.train(stop)
     metrics = run.finish()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    # Before the process group: a DistributedDataParallel that outlives it waits for gloo's thread, which waits for the
+    # interpreter (torch 2.13). The group itself stays, for another run in this process.
+    del run
+    accelerator.free_memory()
     return metrics
 
 
