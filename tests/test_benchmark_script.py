@@ -116,6 +116,7 @@ def test_data(benchmark, tmp_path, capsys):
 def test_load(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "load", tmp_path, "--folder", str(tmp_path / "made"))
     check_structure(result, "load", capsys.readouterr().out)
+    assert list(groups.pop("import in a new process")) == ["transformers", "transformers and dmgal_hf"]
     assert len(groups) == 4
     for rows in groups.values():
         sizes = [float(row["note"].removeprefix("weights ").removesuffix(" MB")) for row in rows.values()]

@@ -516,3 +516,9 @@ def test_predict_script(tmp_path, checkpoint, videos, classes, monkeypatch, caps
         run("--support", tmp_path / "kept", "--query", videos[7], "--unknown", "auto")
     with pytest.raises(NotADirectoryError, match="is a file"):
         run("--support", tmp_path / "query", "--query", videos[7])
+
+
+def test_importing_dmgal_hf_does_not_import_datasets():
+    """It takes longer than all the rest, and who classifies files does not need it before the first fit."""
+    code = "import sys, dmgal_hf; sys.exit('datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

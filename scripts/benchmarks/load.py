@@ -1,6 +1,8 @@
-"""Loading: from_pretrained of whole checkpoints beside that of the bare backbones they are built on."""
+"""Loading: the import, and from_pretrained of whole checkpoints beside that of the bare backbones in them."""
 
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -47,6 +49,10 @@ def prepare_loading(arguments: BenchmarkArguments, kind: str, ours: bool, read: 
     return Run(call, note=f"weights {(folder / 'model.safetensors').stat().st_size / 1e6:.4g} MB")
 
 
+def prepare_import(statements: str) -> Run:
+    return Run(functools.partial(subprocess.run, [sys.executable, "-c", statements], check=True))
+
+
 def load_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:
     """On a CPU from_pretrained maps the file, and its bytes are read when they are used: both moments are measured."""
     groups = []
@@ -60,4 +66,8 @@ def load_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:
             ]
             step = "from_pretrained, all weights read" if read else "from_pretrained"
             groups.append(Group(f"{title}: {step}", contenders))
+    bare = "from transformers import AutoModel, AutoProcessor, pipeline, PreTrainedModel"
+    statements = {"transformers": bare, "transformers and dmgal_hf": f"{bare}; import dmgal_hf"}
+    contenders = [Contender(name, functools.partial(prepare_import, code)) for name, code in statements.items()]
+    groups.append(Group("import in a new process", contenders, memory=False))
     return groups, []

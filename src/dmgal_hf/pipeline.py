@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from huggingface_hub import CommitInfo, HfApi
 from safetensors import SafetensorError
@@ -43,6 +42,9 @@ from .support_sets import (
 )
 from .video_decoding import VideoDecodeError
 from .video_processing_dmgal import DmgalVideoProcessor, _list_videos
+
+if TYPE_CHECKING:
+    import datasets
 
 TASK = "few-shot-video-classification"
 FRAMES_TOGETHER = 16  # of a stream in one pass through the backbone: more cost memory and are not faster
@@ -133,7 +135,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
     def fit(
         self,
-        support: Mapping[str, Any] | datasets.Dataset,
+        support: "Mapping[str, Any] | datasets.Dataset",
         unknown: str | float | None = None,
         video_column: str = "video",
         label_column: str = "label",
@@ -186,7 +188,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         return self
 
     def add(
-        self, support: Mapping[str, Any] | datasets.Dataset, batch_size: int | None = None
+        self, support: "Mapping[str, Any] | datasets.Dataset", batch_size: int | None = None
     ) -> "FewShotVideoClassificationPipeline":
         """
         Adds classes, or clips to classes that are there. No clip of before is read or encoded again; a threshold that
@@ -466,6 +468,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
             ValueError: there are no classes yet, or `inputs` holds something that is no video.
                 `VideoDecodeError` for a video that cannot be read.
         """
+        import datasets  # takes longer to import than all of dmgal_hf
+
         self._current  # noqa: B018 - raises before fit
         if isinstance(inputs, datasets.Dataset):
             raise ValueError("give a column of the dataset, for example dataset['video']")

@@ -8,9 +8,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -20,6 +19,9 @@ from transformers.utils.hub import extract_commit_hash
 from .configuration_dmgal import DmgalConfig
 from .modeling_dmgal import DmgalSupport
 from .video_processing_dmgal import DmgalVideoProcessor, DmgalVideoProcessorKwargs, _list_videos
+
+if TYPE_CHECKING:
+    import datasets
 
 UNKNOWN = "unknown"
 SUPPORT_FILE, ABOUT_FILE = "support.safetensors", "support.json"
@@ -51,6 +53,8 @@ class FittedSupport:
 
 def read_classes(support: Any, video_column: str, label_column: str) -> dict[str, dict[str, Any]]:
     """For each label its videos, by the names that errors call them."""
+    import datasets  # takes longer to import than all of dmgal_hf
+
     if isinstance(support, datasets.DatasetDict):
         raise ValueError(f"`support` is a DatasetDict of the splits {list(support)}: give one of them")
     if isinstance(support, datasets.Dataset):
@@ -67,7 +71,9 @@ def read_classes(support: Any, video_column: str, label_column: str) -> dict[str
     return {label: _list_videos(examples, f"support[{label!r}]") for label, examples in support.items()}
 
 
-def _group_rows(dataset: datasets.Dataset, video_column: str, label_column: str) -> dict[str, list[Any]]:
+def _group_rows(dataset: "datasets.Dataset", video_column: str, label_column: str) -> dict[str, list[Any]]:
+    import datasets
+
     for name in (video_column, label_column):
         if name not in dataset.column_names:
             raise ValueError(f"the dataset has no column {name!r}; its columns are {dataset.column_names}")
@@ -82,6 +88,8 @@ def _group_rows(dataset: datasets.Dataset, video_column: str, label_column: str)
 
 def undecoded_column(column: "datasets.arrow_dataset.Column") -> "datasets.arrow_dataset.Column":
     """A column of videos as {"path", "bytes"}, which the processor reads itself."""
+    import datasets
+
     if not isinstance(column.features, datasets.Video) or not column.features.decode:
         return column
     return column.source.cast_column(column.column_name, datasets.Video(decode=False))[column.column_name]
