@@ -482,7 +482,9 @@ class DmgalModel(DmgalPreTrainedModel):
             kwargs = {"num_frames": num_frames, "num_support": num_support, "patch_grid": grid, "support_cache": cache}
         if getattr(config, "image_size", None) is not None and size != _pair(config.image_size):
             kwargs["interpolate_pos_encoding"] = True
-        hidden_states = self.backbone(pixel_values=pixel_values.flatten(0, 2), **kwargs).last_hidden_state
+        # Convolutions hand the layout of their input on, and are faster in this one.
+        frames = pixel_values.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+        hidden_states = self.backbone(pixel_values=frames, **kwargs).last_hidden_state
         if hidden_states.dim() == 4:
             return hidden_states
         if config.model_type in _FINAL_NORM_OUTSIDE:
