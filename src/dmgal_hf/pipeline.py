@@ -579,11 +579,12 @@ class FewShotVideoClassificationPipeline(Pipeline):
         with torch.no_grad(), self.device_placement():
             if self.model.frames_are_independent:
                 self._encode_frames(windows)
-                maps = [torch.stack([frame.tensor for frame in window.frames]) for window in windows]
-                query = {"query_maps": torch.stack(maps)[None]}
+            frames = torch.stack([frame.tensor for window in windows for frame in window.frames])
+            videos = frames.unflatten(0, (len(windows), -1))[None]
+            if self.model.frames_are_independent:
+                query = {"query_maps": videos.movedim(-1, 3)}
             else:
-                videos = [torch.stack([frame.tensor for frame in window.frames]) for window in windows]
-                query = {"query_pixel_values": self._to_model(torch.stack(videos))[None]}
+                query = {"query_pixel_values": self._to_model(videos)}
             logits = self.model(**query, support=self.support).logits[0].cpu()
         for window, of_window in zip(windows, logits):
             best = self.postprocess({"logits": of_window[None]}, top_k=1)[0]
@@ -597,7 +598,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
             part = new[start : start + FRAMES_TOGETHER]
             maps = self.model.encode_frames(self._to_model(torch.stack([frame.tensor for frame in part])))
             for frame, frame_maps in zip(part, maps):
-                frame.tensor, frame.encoded = frame_maps.clone(), True  # not a view: it would keep the others
+                # As they lie in memory. Not a view: it would keep the others.
+                frame.tensor, frame.encoded = frame_maps.movedim(0, -1).clone(), True
 
 
 __all__ = ["FewShotVideoClassificationPipeline", "StreamedLabel"]

@@ -31,7 +31,7 @@ class StreamedLabel(NamedTuple):
 
 @dataclass
 class Frame:
-    """A frame that windows share: pixel values (3, H, W), replaced by the backbone's maps (C, h, w) once encoded."""
+    """A frame that windows share: pixel values (3, H, W), replaced by the backbone's maps (h, w, C) once encoded."""
 
     tensor: torch.Tensor
     encoded: bool = False
