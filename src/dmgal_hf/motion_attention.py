@@ -198,7 +198,7 @@ class TemporalChannelMixer(nn.Module):
     @staticmethod
     def _mix_frames(linear: nn.Linear, frames: torch.Tensor) -> torch.Tensor:
         # T is the axis in the middle: a product from the left spares the transposes.
-        return torch.baddbmm(linear.bias[:, None], linear.weight.expand(len(frames), -1, -1), frames)
+        return torch.baddbmm(linear.bias[:, None], linear.weight.expand(frames.shape[0], -1, -1), frames)
 
     @staticmethod
     def _mix_channels(linear: nn.Linear, frames: torch.Tensor) -> torch.Tensor:
@@ -293,7 +293,9 @@ class CrossMotionAttention(nn.Module):
         else:
             attention = None
             scores_a_query = motion[..., 0, :, 0].numel() * keys.motion.shape[-2]
-            turns = motion.split(max(SCORES_AT_A_TIME // scores_a_query, 1), dim=3)
+            at_a_time = max(SCORES_AT_A_TIME // scores_a_query, 1)
+            # A program that is exported for any number of queries has no fixed number of turns.
+            turns = [motion] if torch.compiler.is_exporting() else motion.split(at_a_time, dim=3)
             cross = torch.cat([self._read(turn, keys, again=len(turns) > 1) for turn in turns], 2)
         values = self._values(query).mean((-1, -2))
         described = query.mean((-1, -2)) + self.gamma_self * values + self.gamma_cross * cross.transpose(1, 2)
