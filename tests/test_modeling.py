@@ -129,6 +129,29 @@ def test_kept_supports_give_the_same_logits(tmp_path):
     assert half.features.dtype == torch.bfloat16 and half.labels.dtype == torch.int64
 
 
+def test_queries_in_eval_mode_are_described_from_mixed_maps():
+    model = make_model(motion_reduction=4)
+    support, labels, query = make_episodes(size=48)
+    formed = []
+    model.mixer.register_forward_hook(lambda *_: formed.append("mixer"))
+    with torch.no_grad():
+        kept = model.encode_support(support, labels)
+    formed.clear()
+
+    def logits_and_gradients(**options):
+        logits = model(query_pixel_values=query, support=kept, **options).logits
+        return logits, torch.autograd.grad(logits[..., 0].sum(), list(model.mixer.parameters()))
+
+    logits, gradients = logits_and_gradients()
+    assert not formed
+    plain_logits, plain_gradients = logits_and_gradients(output_hidden_states=True)
+    assert formed == ["mixer"]
+    torch.testing.assert_close(logits, plain_logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradients, plain_gradients, atol=1e-4, rtol=1e-3)
+    model.train()(query_pixel_values=query, support=kept)
+    assert formed == ["mixer"] * 2
+
+
 def test_loss_and_gradients():
     model = make_model().train()
     support, labels, query = make_episodes()

@@ -218,6 +218,33 @@ def test_described_queries_are_the_means_of_their_maps():
     assert none is None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("fields", CASES, ids=str)
+@pytest.mark.parametrize("size", [(4, 5), (2, 2)])
+def test_mixed_maps_are_described_without_being_formed(fields, size):
+    config = make_config(motion_reduction=4, **fields)
+    mixer = random_module(TemporalChannelMixer(4, 16), seed=1)
+    module = random_module(CrossMotionAttention(config, 16)).eval()
+    support, maps = torch.randn(2, 3, 4, 16, *size), torch.randn(4, 4, 16, *size)
+    keys = module.encode_support(support)[1]
+    queries = plain_mixer(mixer, maps).unflatten(0, (2, 2))
+    plain = [plain_cross_attention(module, *videos)[1].mean((-1, -2)) for videos in zip(support, queries)]
+    described, none = module.describe(mixer.mix(maps), keys)
+    torch.testing.assert_close(described, torch.stack(plain), atol=1e-4, rtol=1e-4)
+    assert none is None
+    same, attention = module.describe(mixer.mix(maps), keys, output_attentions=True)
+    expected, expected_attention = module.describe(mixer(maps).unflatten(0, (2, 2)), keys, output_attentions=True)
+    torch.testing.assert_close(same, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention, expected_attention, atol=1e-5, rtol=1e-5)
+
+
+def test_mixed_maps_are_preferred_where_they_spare_work():
+    module = CrossMotionAttention(make_config(motion_reduction=4), 16)
+    assert module.prefers_mixed((8, 16, 7, 7))
+    assert not module.prefers_mixed((8, 16, 3, 3)), "nine sums of nine patches spare nothing"
+    assert not module.prefers_mixed((1, 16, 4, 4)), "one frame does not pay for the product of weights"
+
+
 def test_queries_that_take_turns_get_the_same_descriptors_and_gradients(monkeypatch):
     module = random_module(CrossMotionAttention(make_config(motion_reduction=4, attention_dropout=0), 16))
     support, query = torch.randn(2, 3, 4, 16, 4, 5), torch.randn(2, 5, 4, 16, 4, 5)

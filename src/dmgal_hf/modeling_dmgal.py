@@ -408,7 +408,8 @@ class DmgalModel(DmgalPreTrainedModel):
         cache = SupportCache.from_tensors({k: v for k, v in support.states.items() if not k.startswith("cross.")})
         if query_maps is None:
             query_maps = self._video_maps(query_pixel_values, cache)
-        maps, attentions["query_self"], hidden_states = self._encode_videos(query_maps)
+        may_fold = self.cross_attention is not None and not (self.training or output_hidden_states)
+        maps, attentions["query_self"], hidden_states = self._encode_videos(query_maps, may_fold)
         if self.cross_attention is not None:
             keys = CrossMotionKeys(support.states["cross.motion"], support.states["cross.values"])
             query_features, attentions["cross"] = self.cross_attention.describe(maps, keys, output_attentions)
@@ -455,8 +456,11 @@ class DmgalModel(DmgalPreTrainedModel):
         """
         return self._backbone_maps(pixel_values, cache).unflatten(0, pixel_values.shape[:3])
 
-    def _encode_videos(self, maps: torch.Tensor):
-        """The backbone's maps (B, V, T, C, h, w) -> the last maps, the attention of S-MGA, the maps of every stage."""
+    def _encode_videos(self, maps: torch.Tensor, may_fold: bool = False):
+        """
+        The backbone's maps (B, V, T, C, h, w) -> the last maps, the attention of S-MGA, the maps of every stage. With
+        `may_fold` the last maps are the mixer's `MixedMaps`, not kept as a stage, where C-MGA is faster with them.
+        """
         batch, maps = maps.shape[:2], maps.flatten(0, 1)
         hidden_states = [maps]
         attention = None
@@ -465,6 +469,8 @@ class DmgalModel(DmgalPreTrainedModel):
             attention = attention.unflatten(0, batch)
             hidden_states.append(maps)
         if self.mixer is not None:
+            if may_fold and self.cross_attention.prefers_mixed(maps.shape[1:]):
+                return self.mixer.mix(maps), attention, ()
             maps = self.mixer(maps)
             hidden_states.append(maps)
         return maps.unflatten(0, batch), attention, tuple(state.unflatten(0, batch) for state in hidden_states)

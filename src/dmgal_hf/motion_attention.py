@@ -29,6 +29,52 @@ def patches(frames: torch.Tensor) -> torch.Tensor:
     return frames.flatten(-2).transpose(-1, -2)
 
 
+@dataclass
+class MixedMaps:
+    """
+    What the mixer makes of V videos, y = x + W h + b, before W meets the patches. C-MGA reads means and a bottleneck
+    of a query, both linear, and these can be had for less: W meets 9 sums a frame, and the bottleneck meets W.
+
+    Attributes:
+        frames (`torch.Tensor` of shape `(V, T, C, H, W)`): x, mixed over the frames.
+        hidden (`torch.Tensor` of shape `(V, T, C, H, W)`): h, within the perceptron over the channels.
+        linear (`nn.Linear`): W and b, the perceptron's second layer.
+    """
+
+    frames: torch.Tensor
+    hidden: torch.Tensor
+    linear: nn.Linear
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.frames.shape
+
+    def project(self, convolution: nn.Conv2d) -> torch.Tensor:
+        """`convolution(y)`, (V·T, c, H, W), of a 1x1 convolution without bias."""
+        columns = torch.cat([self.linear.weight, self.linear.bias[:, None]], 1)
+        weight = convolution(columns[None, :, :, None])[0]  # the columns of W, and b, as patches: (c, C + 1, 1)
+        hidden = F.conv2d(channels_last(self.hidden), weight[:, :-1, :, None], weight[:, -1, 0])
+        return hidden + convolution(channels_last(self.frames))
+
+    def window_means(self) -> torch.Tensor:
+        """
+        (V·T, C, 3, 3): sums over y moved by up to one patch, as the nine weights of a padded 3x3 convolution see it,
+        divided by P. The middle one is the mean of y; the middle of a depthwise convolution of them is the mean of
+        that convolution of y.
+        """
+        ones = self.frames.new_ones(1, 1, *self.shape[-2:])
+        seen = F.unfold(ones, 3, padding=1).flip(1)  # (1, 9, P): which patches a weight sees
+        frames, hidden = self._window_means(self.frames, seen), self._window_means(self.hidden, seen)
+        bias = self.linear.bias[:, None, None] * seen.mean(2).unflatten(1, (3, 3))
+        return frames + F.conv2d(hidden, self.linear.weight[:, :, None, None]) + bias
+
+    @staticmethod
+    def _window_means(maps: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        rows = patches(channels_last(maps))
+        sums = torch.bmm(seen.expand(rows.shape[0], -1, -1), rows)  # (V·T, 9, C)
+        return (sums / rows.shape[1]).transpose(1, 2).unflatten(2, (3, 3))
+
+
 class DirectionalBatchNorm(nn.BatchNorm2d):
     """
     Batch normalisation of motions that are stacked direction by direction along the batch: in training every
@@ -78,16 +124,20 @@ class MotionFeatures(nn.Module):
             self.add_module(f"{scale}_norm", DirectionalBatchNorm(width, len(self.directions)))
         self.project = nn.Conv2d(width, width, 1, bias=False)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor | MixedMaps) -> torch.Tensor:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(V, T, C, H, W)`): feature maps of V videos.
+            hidden_states (`torch.Tensor` of shape `(V, T, C, H, W)` or [`MixedMaps`]): feature maps of V videos.
 
         Returns:
             `torch.Tensor` of shape `(directions, V, T, c, H, W)`, forward before backward.
         """
         batch, size = hidden_states.shape[:2], hidden_states.shape[-2:]
-        current = self.bottleneck_norm(self.bottleneck(channels_last(hidden_states)))
+        if isinstance(hidden_states, MixedMaps):
+            current = hidden_states.project(self.bottleneck)
+        else:
+            current = self.bottleneck(channels_last(hidden_states))
+        current = self.bottleneck_norm(current)
         neighbour = self.neighbour(current).permute(0, 2, 3, 1).unflatten(0, batch)  # (V, T, H, W, c)
         current = current.permute(0, 2, 3, 1).unflatten(0, batch)
 
@@ -188,12 +238,17 @@ class TemporalChannelMixer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(V, T, C, H, W)` -> `(V, T, C, H, W)`."""
+        mixed = self.mix(hidden_states)
+        return mixed.frames + self._mix_channels(self.channel_out, mixed.hidden)
+
+    def mix(self, hidden_states: torch.Tensor) -> MixedMaps:
+        """The same, `(V, T, C, H, W)`, without its last product."""
         batch, size = hidden_states.shape[:2], hidden_states.shape[-2:]
         frames = patches(channels_last(hidden_states)).unflatten(0, batch).flatten(2)  # (V, T, P·C)
         frames = frames + self._mix_frames(self.temporal_out, F.relu(self._mix_frames(self.temporal_in, frames)))
         frames = frames.unflatten(2, (*size, -1)).flatten(0, 1).permute(0, 3, 1, 2)  # (V·T, C, H, W)
-        mixed = F.relu(self._mix_channels(self.channel_in, frames))
-        return (frames + self._mix_channels(self.channel_out, mixed)).unflatten(0, batch)
+        frames = frames.unflatten(0, batch)
+        return MixedMaps(frames, F.relu(self._mix_channels(self.channel_in, frames)), self.channel_out)
 
     @staticmethod
     def _mix_frames(linear: nn.Linear, frames: torch.Tensor) -> torch.Tensor:
@@ -201,8 +256,9 @@ class TemporalChannelMixer(nn.Module):
         return torch.baddbmm(linear.bias[:, None], linear.weight.expand(frames.shape[0], -1, -1), frames)
 
     @staticmethod
-    def _mix_channels(linear: nn.Linear, frames: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(frames, linear.weight[:, :, None, None], linear.bias)
+    def _mix_channels(linear: nn.Linear, maps: torch.Tensor) -> torch.Tensor:
+        mixed = F.conv2d(channels_last(maps), linear.weight[:, :, None, None], linear.bias)
+        return mixed.unflatten(0, maps.shape[:2])
 
 
 @dataclass
@@ -272,8 +328,17 @@ class CrossMotionAttention(nn.Module):
         maps = query + self.gamma_self * self._values(query) + self.gamma_cross * cross
         return maps, self._by_video(attention, motion.shape[4])
 
+    def prefers_mixed(self, shape: torch.Size) -> bool:
+        """
+        Whether [`describe`] is cheaper with [`MixedMaps`]: for one query, `shape` (T, C, H, W), not for as many as
+        there are, as an exported program is for any number.
+        """
+        num_frames, channels, num_patches, width = shape[0], shape[1], shape[2] * shape[3], self.motion.width
+        products = width * channels + num_frames * (num_patches * width + 9 * channels)  # C multiplications each
+        return products < num_frames * num_patches * channels
+
     def describe(
-        self, query: torch.Tensor, keys: CrossMotionKeys, output_attentions: bool = False
+        self, query: torch.Tensor | MixedMaps, keys: CrossMotionKeys, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         The spatial mean of what [`attend`] returns, `(B, Q, T, C)`: matching reads no more of a query, and averaging
@@ -281,11 +346,19 @@ class CrossMotionAttention(nn.Module):
         that the scores of all queries and supports are never held together; in training they are computed again.
 
         Args:
-            query (`torch.Tensor` of shape `(B, Q, T, C, H, W)`): feature maps of the queries.
+            query (`torch.Tensor` of shape `(B, Q, T, C, H, W)` or [`MixedMaps`] of B·Q videos):
+                feature maps of the queries.
             keys ([`CrossMotionKeys`]): from [`encode_support`].
             output_attentions (`bool`): also return the attention, `(B, Q, T, P, S, P)`, which holds them all.
         """
-        motion = self._motion(query)  # (directions, B, T, Q, P, c)
+        if isinstance(query, MixedMaps):
+            episodes, num_frames = keys.values.shape[:2]
+            motion = self._normalised(self.motion(query), (episodes, -1))
+            means = query.window_means()  # (B·Q·T, C, 3, 3)
+            mean, values = (x[..., 1, 1].unflatten(0, (episodes, -1, num_frames)) for x in (means, self.value(means)))
+        else:
+            motion = self._motion(query)  # (directions, B, T, Q, P, c)
+            mean, values = query.mean((-1, -2)), self._values(query).mean((-1, -2))
         if output_attentions:
             attention = self._attention(motion, keys.motion)
             cross = attention.unflatten(2, motion.shape[3:5]).mean(3) @ keys.values
@@ -297,9 +370,7 @@ class CrossMotionAttention(nn.Module):
             # A program that is exported for any number of queries has no fixed number of turns.
             turns = [motion] if torch.compiler.is_exporting() else motion.split(at_a_time, dim=3)
             cross = torch.cat([self._read(turn, keys, again=len(turns) > 1) for turn in turns], 2)
-        values = self._values(query).mean((-1, -2))
-        described = query.mean((-1, -2)) + self.gamma_self * values + self.gamma_cross * cross.transpose(1, 2)
-        return described, attention
+        return mean + self.gamma_self * values + self.gamma_cross * cross.transpose(1, 2), attention
 
     def _read(self, motion: torch.Tensor, keys: CrossMotionKeys, again: bool) -> torch.Tensor:
         """What queries with this motion read, the mean over their patches: (B, T, Q, C)."""
@@ -320,8 +391,11 @@ class CrossMotionAttention(nn.Module):
 
     def _motion(self, maps: torch.Tensor) -> torch.Tensor:
         """(B, V, T, C, H, W) -> normalised motion (directions, B, T, V, P, c)."""
-        motion = self.motion(maps.flatten(0, 1)).unflatten(1, maps.shape[:2])  # (directions, B, V, T, c, H, W)
-        return self.norm(patches(motion).transpose(2, 3))
+        return self._normalised(self.motion(maps.flatten(0, 1)), maps.shape[:2])
+
+    def _normalised(self, motion: torch.Tensor, videos: tuple[int, int]) -> torch.Tensor:
+        """(directions, B·V, T, c, H, W) -> (directions, B, T, V, P, c)."""
+        return self.norm(patches(motion.unflatten(1, videos)).transpose(2, 3))
 
     def _attention(self, motion: torch.Tensor, key_motion: torch.Tensor) -> torch.Tensor:
         """(directions, B, T, Q, P, c) and (directions, B, T, S·P, c) -> (B, T, Q·P, S·P), averaged over directions."""
