@@ -245,10 +245,11 @@ class TemporalChannelMixer(nn.Module):
         """The same, `(V, T, C, H, W)`, without its last product."""
         batch, size = hidden_states.shape[:2], hidden_states.shape[-2:]
         frames = patches(channels_last(hidden_states)).unflatten(0, batch).flatten(2)  # (V, T, P·C)
-        frames = frames + self._mix_frames(self.temporal_out, F.relu(self._mix_frames(self.temporal_in, frames)))
+        # In place: new memory for maps of this size takes longer than the comparison.
+        frames = frames + self._mix_frames(self.temporal_out, self._mix_frames(self.temporal_in, frames).relu_())
         frames = frames.unflatten(2, (*size, -1)).flatten(0, 1).permute(0, 3, 1, 2)  # (V·T, C, H, W)
         frames = frames.unflatten(0, batch)
-        return MixedMaps(frames, F.relu(self._mix_channels(self.channel_in, frames)), self.channel_out)
+        return MixedMaps(frames, self._mix_channels(self.channel_in, frames).relu_(), self.channel_out)
 
     @staticmethod
     def _mix_frames(linear: nn.Linear, frames: torch.Tensor) -> torch.Tensor:
