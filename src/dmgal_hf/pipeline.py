@@ -1,12 +1,13 @@
 """`pipeline("few-shot-video-classification")`: a few clips a class, then labels for videos and streams."""
 
+import contextlib
 import json
 import math
 import os
 import tempfile
 import types
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import Pipeline, PreTrainedModel, pipeline
 
 from .modeling_dmgal import DmgalSupport
 from .query_model import DmgalQueryModel
-from .streaming import Picture, StreamedLabel, Window, decode_in_order, is_live, sampled_windows
+from .streaming import Picture, StreamedLabel, Window, is_live, window_batches
 from .support_sets import (
     ABOUT_FILE,
     SUPPORT_FILE,
@@ -40,7 +41,6 @@ from .support_sets import (
     undecoded_column,
     warn_of_repeats,
 )
-from .video_decoding import VideoDecodeError
 from .video_processing_dmgal import DmgalVideoProcessor, _list_videos
 
 if TYPE_CHECKING:
@@ -551,31 +551,19 @@ class FewShotVideoClassificationPipeline(Pipeline):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         window, stride = (Fraction(seconds).limit_denominator(10**6) for seconds in (window, stride))
-        return self._stream(decode_in_order(video, format), window, stride, batch_size)
+        num_frames = self.image_processor.num_frames
+        return self._stream(window_batches(video, format, window, stride, num_frames, batch_size, self._read_frame))
 
-    def _stream(
-        self, decoded: Iterator, window: Fraction, stride: Fraction, batch_size: int
-    ) -> Iterator[StreamedLabel]:
-        windows = sampled_windows(decoded, window, stride, self.image_processor.num_frames, self._read_frame)
-        batch = []
-        try:
-            for complete in windows:
-                batch.append(complete)
-                if len(batch) == batch_size:
-                    yield from self._label_windows(batch)
-                    batch = []
-        except VideoDecodeError:
-            yield from self._label_windows(batch)  # what came before the damage
-            raise
-        yield from self._label_windows(batch)
+    def _stream(self, batches: Generator[list[Window]]) -> Iterator[StreamedLabel]:
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield from self._label_windows(batch)
 
     def _read_frame(self, picture: Picture) -> torch.Tensor:
         clip = self.image_processor.resize_and_crop(picture.clip(), f"the frame of {picture.source}")
         return self.image_processor.normalize(clip)[0]
 
     def _label_windows(self, windows: list[Window]) -> Iterator[StreamedLabel]:
-        if not windows:
-            return
         with torch.no_grad(), self.device_placement():
             if self.model.frames_are_independent:
                 self._encode_frames(windows)

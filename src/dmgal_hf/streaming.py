@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -59,13 +59,48 @@ class Picture:
         return torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None]
 
 
+def is_live(video: Any, format: str | None) -> bool:
+    """Whether frames may come no faster than they are shown: from a camera, a device or the net."""
+    is_number = isinstance(video, int)
+    return format is not None or is_number or (isinstance(video, str) and re.match(URL, video) is not None)
+
+
+def window_batches(
+    video: Any,
+    format: str | None,
+    window: Fraction,
+    stride: Fraction,
+    num_frames: int,
+    batch_size: int,
+    read: Callable[[Picture], torch.Tensor],
+) -> Generator[list[Window]]:
+    """
+    [`sampled_windows`] of a video, `batch_size` at a time; the last batch may have fewer. Where the video is damaged,
+    what came before is yielded before the error.
+    """
+    windows = sampled_windows(decode_in_order(video, format), window, stride, num_frames, read)
+    batch = []
+    try:
+        for complete in windows:
+            batch.append(complete)
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+    except VideoDecodeError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
 def sampled_windows(
     decoded: Iterator[tuple[Fraction, Picture]],
     window: Fraction,
     stride: Fraction,
     num_frames: int,
     read: Callable[[Picture], torch.Tensor],
-) -> Iterator[Window]:
+) -> Generator[Window]:
     """
     Windows of equal length, each as soon as its last frame is there. Of its segments the frame shown at the centre is
     taken; windows that take the same one share it, and `read` makes pixel values of it once.
@@ -95,12 +130,6 @@ def sampled_windows(
     if not complete:
         frames = waiting[0][1] if waiting else [Frame(read(picture))]
         yield Window(Fraction(0), end, frames + frames[-1:] * (num_frames - len(frames)))
-
-
-def is_live(video: Any, format: str | None) -> bool:
-    """Whether frames may come no faster than they are shown: from a camera, a device or the net."""
-    is_number = isinstance(video, int)
-    return format is not None or is_number or (isinstance(video, str) and re.match(URL, video) is not None)
 
 
 def decode_in_order(video: Any, format: str | None) -> Iterator[tuple[Fraction, Picture]]:
