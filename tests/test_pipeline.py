@@ -4,6 +4,7 @@ import runpy
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +24,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 from dmgal_hf import DmgalConfig, DmgalModel, DmgalVideoProcessor, VideoDecodeError
 from dmgal_hf.pipeline import FewShotVideoClassificationPipeline, StreamedLabel
+from dmgal_hf.streaming import read_ahead
 from dmgal_hf.video_decoding import read_frames_at
 
 TASK = "few-shot-video-classification"
@@ -445,6 +447,56 @@ def test_stream_answers_what_comes_before_the_damage(tmp_path, classes):
         for answer in classifier.stream(whole[: len(whole) * 3 // 4]):
             answers.append(answer)
     assert answers and alike(answers, expected[: len(answers)])
+
+
+def test_windows_are_read_ahead_and_no_further():
+    made, closed = [], threading.Event()
+
+    def windows():
+        try:
+            for number in range(20):
+                made.append(number)
+                yield number
+            raise VideoDecodeError("a video", "damaged")
+        finally:
+            closed.set()
+
+    def reader_threads():
+        return [thread for thread in threading.enumerate() if thread.name.startswith("read_ahead")]
+
+    ahead = read_ahead(windows(), 3)
+    assert not made and not reader_threads(), "nothing begins before it is asked for"
+    assert next(ahead) == 0
+    deadline = time.monotonic() + 30
+    while len(made) < 4 and time.monotonic() < deadline:  # the one that was asked for, and three that were not
+        time.sleep(0.01)
+    assert reader_threads()
+    ahead.close()
+    assert made == [0, 1, 2, 3] and closed.is_set() and not reader_threads()
+
+    made.clear()
+    closed.clear()
+    came = []
+    with pytest.raises(VideoDecodeError, match="damaged"):
+        for number in read_ahead(windows(), 3):
+            came.append(number)
+    assert came == made == list(range(20)) and closed.is_set() and not reader_threads()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files can be listed on Linux alone")
+@pytest.mark.parametrize("format", [None, "mp4"])  # with a format the video counts as live: no thread
+def test_a_stream_that_is_left_lets_go_of_file_and_thread(long_video, classes, format):
+    def held():
+        names = [thread.name for thread in threading.enumerate() if thread.name.startswith("read_ahead")]
+        files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        return len(names), files.count(os.path.realpath(long_video))
+
+    answers = make_classifier().fit(classes).stream(long_video, format=format, batch_size=1)
+    assert held() == (0, 0)
+    next(answers)
+    assert held() == (0 if format else 1, 1)
+    answers.close()
+    assert held() == (0, 0)
 
 
 def test_stream_sources(tmp_path, videos, long_video, classes):

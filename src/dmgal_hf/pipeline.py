@@ -523,7 +523,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
         Each frame is decoded once, and each that is taken is resized and goes through the backbone once, however many
         windows share it: give a stride that is a multiple of window / T. (With MGA adapters, which compare
-        neighbouring frames, the backbone runs anew for every window.) Memory is that of `batch_size` windows.
+        neighbouring frames, the backbone runs anew for every window.) Memory is that of `batch_size` windows, and
+        of as many more that a thread reads ahead of the model (but of a camera, a device or a URL).
 
         Args:
             video: path, URL, bytes, binary file object, `{"path", "bytes"}` dict, the number of a camera, or whatever

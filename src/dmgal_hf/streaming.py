@@ -6,6 +6,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -79,6 +80,8 @@ def window_batches(
     what came before is yielded before the error.
     """
     windows = sampled_windows(decode_in_order(video, format), window, stride, num_frames, read)
+    if not is_live(video, format):  # where a thread could wait for ever, and nothing can be read ahead
+        windows = read_ahead(windows, batch_size)
     batch = []
     try:
         for complete in windows:
@@ -130,6 +133,24 @@ def sampled_windows(
     if not complete:
         frames = waiting[0][1] if waiting else [Frame(read(picture))]
         yield Window(Fraction(0), end, frames + frames[-1:] * (num_frames - len(frames)))
+
+
+def read_ahead(windows: Generator[Window], number: int) -> Generator[Window]:
+    """
+    The same windows, of which a thread makes up to `number` before they are asked for. Errors come in their turn. The
+    thread ends with the iterator, and closes `windows`.
+    """
+    end = object()
+    with ThreadPoolExecutor(1, "read_ahead") as thread:
+        coming = deque(thread.submit(next, windows, end) for _ in range(number))
+        try:
+            while (window := coming.popleft().result()) is not end:
+                coming.append(thread.submit(next, windows, end))
+                yield window
+        finally:
+            for future in coming:
+                future.cancel()
+            thread.submit(windows.close).result()
 
 
 def decode_in_order(video: Any, format: str | None) -> Iterator[tuple[Fraction, Picture]]:
