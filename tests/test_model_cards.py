@@ -68,6 +68,18 @@ def test_the_card_describes_the_model_that_is_there(tmp_path):
     assert "without adapters and without training" in render_model_card(folder).text
 
 
+def test_the_card_of_a_lora_baseline_speaks_of_no_motion_adapters(tmp_path):
+    folder = make_run(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    for adapters, expected in (
+        ({"reduction": 2}, "gather patches that move"),
+        ({"peft_type": "LORA", "r": 4}, "LORA"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {"paradigm": "adapter", "adapter_config": adapters}))
+        text = render_model_card(folder).text
+        assert expected in text and ("move alike" in text) == (expected != "LORA")
+
+
 def test_weights_of_unknown_origin_get_no_licence(run):
     card = render_model_card(CHECKPOINT)
     assert card.data.license is None and "Under which terms" in card.text

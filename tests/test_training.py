@@ -15,6 +15,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from datasets import concatenate_datasets
+from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
@@ -359,6 +360,12 @@ class TestBadInput:
     def test_the_states_of_an_earlier_run_are_not_mixed_up_with_a_new_one(self, finished):
         with pytest.raises(ValueError, match=r"holds the states of an earlier run: go on with --resume"):
             run(finished[0].parent / "run.yaml")
+
+    def test_two_runs_do_not_write_into_one_folder(self, config, finished):
+        before = (finished[0] / "config.yaml").read_text()
+        with FileLock(finished[0] / "checkpoints" / ".lock"), pytest.raises(ValueError, match="another process is"):
+            run(finished[0].parent / "run.yaml", "--resume", "--num_workers", "0")
+        assert (finished[0] / "config.yaml").read_text() == before
 
     def test_missing_split(self, config, cache_dir, tmp_path):
         for name in ("left", "right", "up"):

@@ -11,7 +11,7 @@ from .measuring import OURS, BenchmarkArguments, Contender, Group, Run
 
 # One axis grows from an episode of 5 ways, 1 shot, 5 queries, 8 frames and 224 px; the features are ResNet-50's.
 START = {"way": 5, "shot": 1, "queries": 5, "frames": 8, "pixels": 224}
-AXES = {"way": (5, 10, 20), "shot": (1, 5, 10), "queries": (5, 20, 80), "frames": (8, 16, 32), "pixels": (224, 384)}
+AXES = {"way": (5, 20), "shot": (1, 5, 10), "queries": (5, 20, 80), "frames": (8, 32), "pixels": (224, 384)}
 SMALL_AXES = {"way": (2, 4), "queries": (1, 4)}
 LARGEST = {"way": 20, "shot": 10, "queries": 20, "frames": 8, "pixels": 384}
 PLAIN = "plain PyTorch"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 
 PROGRESS_FILE = "progress.json"
 
@@ -50,6 +51,30 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def keep_others_out(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """
+    Inside, no other run writes into `output_dir`; the lock goes with the process. (The processes of a launcher that
+    was killed with -9 live on.)
+
+    Raises:
+        ValueError: another run is at it.
+    """
+    if not accelerator.is_main_process:
+        yield
+        return
+    (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(output_dir / "checkpoints" / ".lock").acquire(blocking=False)
+    except Timeout as error:
+        raise ValueError(
+            f"another process is training into {output_dir}, perhaps one whose launcher was killed: wait for it, end "
+            "it, or give another output_dir."
+        ) from error
+    with lock:
+        yield
 
 
 @contextmanager

@@ -182,10 +182,11 @@ def write_planned_cards(folder: str | os.PathLike):
 
 def _describe_model(config: dict[str, Any], is_adapter: bool, num_frames: int | None = None) -> dict[str, Any]:
     """What the card says of the model, by its config.json; an adapter's repository has none."""
+    adapters = {} if is_adapter else config.get("adapter_config")
     return {
         "paradigm": "adapter" if is_adapter else config.get("paradigm", "ft"),
         "is_adapter": is_adapter,
-        "has_adapters": is_adapter or config.get("adapter_config") is not None,
+        "adapters": None if adapters is None else adapters.get("peft_type", "MGA"),
         "backbone_type": config.get("backbone_config", {}).get("model_type"),
         "parts": [name for field, name in PARTS.items() if config.get(field, True)],
         "matching": MATCHINGS[config.get("alignment", _DEFAULT["alignment"])],

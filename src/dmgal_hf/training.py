@@ -30,6 +30,7 @@ from .batch_statistics import BatchStatistics
 from .checkpoints import (
     Progress,
     StopSignal,
+    keep_others_out,
     list_checkpoints,
     load_checkpoint,
     replace_file,
@@ -152,10 +153,6 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
             "remove that folder."
         )
     fields = {**asdict(data), **asdict(model), **asdict(arguments)}
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        replace_file(output_dir / "config.yaml", yaml.safe_dump(fields, sort_keys=False))
-    accelerator.init_trackers("dmgal", {name: str(value) for name, value in fields.items()})
     with accelerator.local_main_process_first():
         videos = load_videos(data)
     for split in ("train", "validation", *(["test"] if arguments.test_episodes else [])):
@@ -164,10 +161,14 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
                 f"the dataset has no split {split!r}, only {', '.join(videos)}: add it (test_episodes=0 does without "
                 "a test split)."
             )
-    run = TrainingRun(accelerator, data, model, arguments, videos, fields)
-    with StopSignal() as stop:
-        run.train(stop)
-    metrics = run.finish()
+    with keep_others_out(output_dir, accelerator):
+        run = TrainingRun(accelerator, data, model, arguments, videos, fields)
+        if accelerator.is_main_process:
+            replace_file(output_dir / "config.yaml", yaml.safe_dump(fields, sort_keys=False))
+        accelerator.init_trackers("dmgal", {name: str(value) for name, value in fields.items()})
+        with StopSignal() as stop:
+            run.train(stop)
+        metrics = run.finish()
     for tracker in accelerator.trackers:
         tracker.finish()
     # Before the process group: a DistributedDataParallel that outlives it waits for gloo's thread, which waits for the
