@@ -15,6 +15,7 @@ from dmgal_hf import DmgalConfig
 from dmgal_hf.conversion import official_name
 from dmgal_hf.motion_attention import (
     CrossMotionAttention,
+    MixedMaps,
     MotionFeatures,
     SelfMotionAttention,
     TemporalChannelMixer,
@@ -38,12 +39,18 @@ class Head(nn.Module):
                 nn.init.constant_(parameter, 0.5)
 
     def forward(self, support: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        support, query = (self.mixer(self.self_attention(maps)[0]) for maps in (support, query))
-        return self.cross(support, query)
+        support = self.mixer(self.self_attention(support)[0])
+        # As DmgalModel does, but for training: the mixer's last product is folded into what C-MGA reads of a query.
+        folds = not self.training and self.cross_attention.prefers_mixed(query.shape[1:])
+        query = self.self_attention(query)[0]
+        return self._describe(support, self.mixer.mix(query) if folds else self.mixer(query)[None])
 
     def cross(self, support: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._describe(support, query[None])
+
+    def _describe(self, support: torch.Tensor, query: torch.Tensor | MixedMaps) -> tuple[torch.Tensor, torch.Tensor]:
         descriptors, keys = self.cross_attention.encode_support(support[None])
-        return descriptors[0], self.cross_attention.describe(query[None], keys)[0][0]
+        return descriptors[0], self.cross_attention.describe(query, keys)[0][0]
 
     def cross_all_maps(self, support: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole new maps of the queries, as the equations have them, and their mean afterwards."""
