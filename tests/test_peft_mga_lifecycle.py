@@ -1,5 +1,6 @@
 """The life of an `mga` adapter: in peft and in transformers, saved, loaded, trained, compiled and distributed."""
 
+import gc
 import sys
 import time
 from datetime import timedelta
@@ -333,21 +334,27 @@ def test_compiled_without_a_graph_break(videos):
     )
 
 
+def train_in_parallel(rank, videos):
+    model = adapted().train()
+    parallel = DistributedDataParallel(model, find_unused_parameters=False)
+    for _ in range(2):  # DDP notices weights without a gradient at the second step
+        parallel.zero_grad()
+        episode = videos[6 * rank : 6 * rank + 6]
+        parallel(episode, num_frames=2, num_support=2).last_hidden_state.square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def train_in_a_process(rank, rendezvous, videos, outcome):
     torch.set_num_threads(1)
     minute = timedelta(minutes=1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=minute)
     try:
-        model = adapted().train()
-        parallel = DistributedDataParallel(model, find_unused_parameters=False)
-        for _ in range(2):  # DDP notices weights without a gradient at the second step
-            parallel.zero_grad()
-            episode = videos[6 * rank : 6 * rank + 6]
-            parallel(episode, num_frames=2, num_support=2).last_hidden_state.square().mean().backward()
+        found = train_in_parallel(rank, videos)
         if rank == 0:
-            torch.save({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, outcome)
+            torch.save(found, outcome)
         while not outcome.exists():  # gloo may still be sending to the first process when the second is done
             time.sleep(0.05)
+        gc.collect()  # a DistributedDataParallel that outlives its process group may wait for ever
     finally:
         dist.destroy_process_group()
 

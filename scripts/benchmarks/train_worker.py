@@ -62,6 +62,9 @@ def main(data: DataArguments, model: ModelArguments, arguments: TrainArguments):
                 run.step(batches, stop)  # reads the loss at its end, so the device is done
             if accelerator.is_main_process:
                 print(json.dumps({**facts, "memory_gib": memory_in_use(accelerator.device)}), flush=True)
+    del batches, run  # before the process group, see dmgal_hf.training.train
+    accelerator.free_memory()
+    accelerator.state.destroy_process_group()
 
 
 if __name__ == "__main__":
