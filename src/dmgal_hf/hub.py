@@ -36,16 +36,8 @@ from .video_processing_dmgal import DmgalVideoProcessor
 PAPER = "arXiv 2411.11335"
 # Arguments of a run that tell of the machine and not of the model: they stay there.
 LOCAL_ARGUMENTS = (
-    "output_dir",
-    "videos",
-    "splits",
-    "class_labels",
-    "prepared",
-    "cache_dir",
-    "num_workers",
-    "resume",
-    "report_to",
-)
+    "output_dir", "videos", "splits", "class_labels", "prepared", "cache_dir", "num_workers", "resume", "report_to",
+)  # fmt: skip
 
 # Which classes `trust_remote_code=True` loads without dmgal_hf, by the file that says so.
 _CODE = {
