@@ -47,7 +47,7 @@ LOGITS = json.loads((CHECKPOINT.parent / "checkpoint_v1_logits.json").read_text(
 SOURCE = {
     "alignment.py", "backbones.py", "configuration_dmgal.py", "configuration_mga.py", "extracted_frames.py",
     "modeling_dmgal.py", "modeling_mga.py", "motion_adapters.py", "motion_attention.py", "video_decoding.py",
-    "video_processing_dmgal.py", "zip_archive.py",
+    "video_processing_dmgal.py", "weight_loading.py", "zip_archive.py",
 }  # fmt: skip
 # The same episode in any process, and in one that has torch and transformers alone.
 EPISODE = """

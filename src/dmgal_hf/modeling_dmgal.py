@@ -19,6 +19,7 @@ from .configuration_dmgal import DmgalConfig
 from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer
 from .motion_adapters import SupportCache
 from .motion_attention import CrossMotionAttention, CrossMotionKeys, SelfMotionAttention, TemporalChannelMixer
+from .weight_loading import load_weights
 
 # Vision towers whose last_hidden_state comes before their final norm; all others return it normalised.
 _FINAL_NORM_OUTSIDE = {"clip_vision_model", "metaclip_2_vision_model", "chinese_clip_vision_model"}
@@ -136,6 +137,7 @@ class DmgalPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["SelfMotionAttention", "TemporalChannelMixer", "CrossMotionAttention"]
+    _load_pretrained_model = staticmethod(load_weights)
 
     @classmethod
     def get_init_context(cls, *args, **kwargs):
@@ -199,7 +201,8 @@ class DmgalModel(DmgalPreTrainedModel):
             config.adapter_config = add_adapters(self.backbone, config.adapter_config)
             named = self.backbone.named_parameters()
             self._adapter_parameters = frozenset(name for name, parameter in named if parameter.requires_grad)
-        self._freeze()
+        elif config.paradigm == "adapter":
+            self.backbone.requires_grad_(False)
 
     def _freeze(self):
         """Paradigm "adapter": what peft made trainable remains so, and nothing else."""

@@ -476,7 +476,7 @@ def _carry_facts(model: nn.Module) -> None:
         entries[""] = model  # a transformers model around a vision model calls it with facts of its own
     for entry_name, entry in entries.items():
         inside = [name for name in layers if _is_inside(name, entry_name)]
-        if all(_hands_on_keywords(model, entry_name, name) for name in inside):
+        if _hands_on_keywords(model, entry_name, inside):
             continue
         carrier = carrier or EpisodeFactsCarrier()
         carrier.attach(entry_name, entry)
@@ -484,18 +484,19 @@ def _carry_facts(model: nn.Module) -> None:
         layer.facts_carrier = carrier
 
 
-def _hands_on_keywords(model: nn.Module, entry_name: str, layer_name: str) -> bool:
-    """Whether every module from the entry down to the block takes any keyword argument."""
-    parts = layer_name.split(".")
-    for length in range(len(entry_name.split(".")) if entry_name else 0, len(parts) + 1):
-        module = model.get_submodule(".".join(parts[:length]))
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            continue
-        forward = module.get_base_layer().forward if isinstance(module, MgaLayer) else module.forward
-        kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()]
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            return False
-    return True
+def _hands_on_keywords(model: nn.Module, entry_name: str, layer_names: list[str]) -> bool:
+    """Whether every module from the entry down to each of the blocks takes any keyword argument."""
+    forwards = set()  # the blocks of a list share theirs
+    for layer_name in layer_names:
+        parts = layer_name.split(".")
+        for length in range(len(entry_name.split(".")) if entry_name else 0, len(parts) + 1):
+            module = model.get_submodule(".".join(parts[:length]))
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                continue
+            forward = module.get_base_layer().forward if isinstance(module, MgaLayer) else module.forward
+            forwards.add(getattr(forward, "__func__", forward))
+    kinds = [[parameter.kind for parameter in inspect.signature(one).parameters.values()] for one in forwards]
+    return all(inspect.Parameter.VAR_KEYWORD in of_one for of_one in kinds)
 
 
 def register_mga() -> None:
