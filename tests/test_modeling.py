@@ -152,6 +152,45 @@ def test_queries_in_eval_mode_are_described_from_mixed_maps():
     assert formed == ["mixer"] * 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"motion_reduction": 4},
+        {"motion_directions": "forward"},
+        {"motion_directions": "backward"},
+        {"motion_scales": [], "cross_motion_attention": False},
+        {"self_motion_attention": False},
+        {"paradigm": "adapter", "backbone": BACKBONES["vit"]},
+        {"mixer": False, "num_frames": 1},
+    ],
+)
+def test_windows_of_a_long_video_are_scored_as_each_by_itself(fields):
+    model = make_model(**fields)
+    length = fields.get("num_frames", 8)
+    support, labels, _ = make_episodes(episodes=1, frames=length)
+    kept = model.encode_support(support, labels)
+    video = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    starts = torch.tensor([0, 2, 4, 20 - length, 3, 4])
+    logits = model.score_windows(model.encode_frames(video), starts, kept)
+    queries = torch.stack([video[start : start + length] for start in starts])[None]
+    expected = model(query_pixel_values=queries, support=kept).logits[0]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert len(set(expected[:, 0].tolist())) == 5  # as the windows differ
+
+
+@torch.no_grad()
+def test_windows_outside_the_video_or_of_several_episodes():
+    model = make_model()
+    kept = model.encode_support(*make_episodes()[:2])
+    maps = torch.rand(10, 16, 4, 4)
+    with pytest.raises(ValueError, match="supports of one episode, got those of 2"):
+        model.score_windows(maps, torch.tensor([0]), kept)
+    kept = model.encode_support(*make_episodes(episodes=1)[:2])
+    with pytest.raises(ValueError, match=r"starts must be between 0 and 2, as there are 10 frames .* got \[0, 3\]"):
+        model.score_windows(maps, torch.tensor([0, 3]), kept)
+
+
 def test_loss_and_gradients():
     model = make_model().train()
     support, labels, query = make_episodes()

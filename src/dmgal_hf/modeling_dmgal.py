@@ -18,7 +18,15 @@ from .backbones import add_adapters, build_backbone, load_backbone, train_adapte
 from .configuration_dmgal import DmgalConfig
 from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer
 from .motion_adapters import SupportCache
-from .motion_attention import CrossMotionAttention, CrossMotionKeys, SelfMotionAttention, TemporalChannelMixer
+from .motion_attention import (
+    CrossMotionAttention,
+    CrossMotionKeys,
+    MixedMaps,
+    SelfMotionAttention,
+    TemporalChannelMixer,
+    channels_last,
+    patches,
+)
 from .weight_loading import load_weights
 
 # Vision towers whose last_hidden_state comes before their final norm; all others return it normalised.
@@ -297,8 +305,7 @@ class DmgalModel(DmgalPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(F, 3, H, W)`): frames, normalised by [`DmgalVideoProcessor`].
 
         Returns:
-            `torch.FloatTensor` of shape `(F, C, h, w)`: feature maps; those of T frames make a video for `query_maps`
-            of [`forward`].
+            `torch.FloatTensor` of shape `(F, C, h, w)`: feature maps, for [`score_windows`].
 
         Raises:
             ValueError: the backbone has adapters, which look at neighbouring frames.
@@ -309,6 +316,40 @@ class DmgalModel(DmgalPreTrainedModel):
                 "compare neighbouring frames: pass whole videos to forward()."
             )
         return self._backbone_maps(pixel_values[None, :, None], SupportCache())
+
+    def score_windows(self, maps: torch.Tensor, starts: torch.Tensor, support: DmgalSupport) -> torch.Tensor:
+        """
+        Scores windows of one long video, each as [`forward`] does as a query by itself. S-MGA of a frame, like the
+        backbone before it, is computed once for all windows that share the frame and its neighbours.
+
+        Args:
+            maps (`torch.FloatTensor` of shape `(F, C, h, w)`): [`encode_frames`] of the frames of the video.
+            starts (`torch.LongTensor` of shape `(Q,)`): the first frame of each window; its T frames follow in `maps`.
+            support ([`DmgalSupport`]): kept supports of one episode.
+
+        Returns:
+            `torch.FloatTensor` of shape `(Q, N)`: the logits.
+
+        Raises:
+            ValueError: a window does not lie within the video, or the supports are those of several episodes.
+        """
+        episodes, _, num_frames = support.features.shape[:3]
+        if episodes != 1:
+            raise ValueError(f"score_windows() needs the supports of one episode, got those of {episodes}.")
+        if len(starts) == 0 or int(starts.min()) < 0 or int(starts.max()) + num_frames > len(maps):
+            raise ValueError(
+                f"starts must be between 0 and {len(maps) - num_frames}, as there are {len(maps)} frames and a window "
+                f"has {num_frames}; got {starts.tolist()}."
+            )
+        index = starts[:, None] + torch.arange(num_frames, device=starts.device)
+        if self.self_attention is not None:
+            maps = self.self_attention.over_windows(maps, index)
+        else:
+            maps = patches(channels_last(maps[None]))[index].transpose(2, 3).unflatten(3, maps.shape[-2:])
+        if self.mixer is not None:
+            maps = self._mix(maps, may_fold=not self.training)
+        query, _ = self._describe(maps if isinstance(maps, MixedMaps) else maps[None], support)
+        return self._match(query, support.features, support.labels, support.way)[0]
 
     def leave_one_out(self, support: DmgalSupport, support_pixel_values: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -355,7 +396,6 @@ class DmgalModel(DmgalPreTrainedModel):
         query_pixel_values: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         support: DmgalSupport | None = None,
-        query_maps: torch.FloatTensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -374,8 +414,6 @@ class DmgalModel(DmgalPreTrainedModel):
                 Classes of the queries, for the loss.
             support ([`DmgalSupport`], *optional*):
                 Supports from [`encode_support`], in place of the first two arguments.
-            query_maps (`torch.FloatTensor` of shape `(B, Q, T, C, h, w)`, *optional*):
-                Maps from [`encode_frames`], in place of `query_pixel_values`.
             output_attentions (`bool`, *optional*): also return the attention maps.
             output_hidden_states (`bool`, *optional*): also return the feature maps of the queries.
             return_dict (`bool`, *optional*): `False` returns a plain tuple.
@@ -388,12 +426,8 @@ class DmgalModel(DmgalPreTrainedModel):
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        if (query_pixel_values is None) == (query_maps is None):
-            raise ValueError(
-                "query_pixel_values is missing: pass the query videos, (B, Q, T, 3, H, W)."
-                if query_maps is None
-                else "Pass either query_pixel_values or query_maps: got both."
-            )
+        if query_pixel_values is None:
+            raise ValueError("query_pixel_values is missing: pass the query videos, (B, Q, T, 3, H, W).")
         if (support is None) == (support_pixel_values is None):
             raise ValueError(
                 "Pass either support_pixel_values with support_labels, or support from encode_support(): got "
@@ -403,21 +437,13 @@ class DmgalModel(DmgalPreTrainedModel):
         if support is None:
             support, attention = self._encode_support(support_pixel_values, support_labels)
             attentions["support_self"] = attention
-        if query_maps is None:
-            self._check_query("query_pixel_values", query_pixel_values, 3, labels, support)
-        else:
-            self._check_query("query_maps", query_maps, self.num_features, labels, support)
+        self._check_query(query_pixel_values, labels, support)
 
         cache = SupportCache.from_tensors({k: v for k, v in support.states.items() if not k.startswith("cross.")})
-        if query_maps is None:
-            query_maps = self._video_maps(query_pixel_values, cache)
-        may_fold = self.cross_attention is not None and not (self.training or output_hidden_states)
-        maps, attentions["query_self"], hidden_states = self._encode_videos(query_maps, may_fold)
-        if self.cross_attention is not None:
-            keys = CrossMotionKeys(support.states["cross.motion"], support.states["cross.values"])
-            query_features, attentions["cross"] = self.cross_attention.describe(maps, keys, output_attentions)
-        else:
-            query_features = maps.mean((-1, -2))
+        maps, attentions["query_self"], hidden_states = self._encode_videos(
+            self._video_maps(query_pixel_values, cache), may_fold=not (self.training or output_hidden_states)
+        )
+        query_features, attentions["cross"] = self._describe(maps, support, output_attentions)
         logits = self._match(query_features, support.features, support.labels, support.way)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         attentions = {name: attention for name, attention in attentions.items() if attention is not None}
@@ -472,11 +498,24 @@ class DmgalModel(DmgalPreTrainedModel):
             attention = attention.unflatten(0, batch)
             hidden_states.append(maps)
         if self.mixer is not None:
-            if may_fold and self.cross_attention.prefers_mixed(maps.shape[1:]):
-                return self.mixer.mix(maps), attention, ()
-            maps = self.mixer(maps)
+            maps = self._mix(maps, may_fold)
+            if isinstance(maps, MixedMaps):
+                return maps, attention, ()
             hidden_states.append(maps)
         return maps.unflatten(0, batch), attention, tuple(state.unflatten(0, batch) for state in hidden_states)
+
+    def _mix(self, maps: torch.Tensor, may_fold: bool) -> torch.Tensor | MixedMaps:
+        fold = may_fold and self.cross_attention is not None and self.cross_attention.prefers_mixed(maps.shape[1:])
+        return self.mixer.mix(maps) if fold else self.mixer(maps)
+
+    def _describe(
+        self, maps: torch.Tensor | MixedMaps, support: DmgalSupport, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Frame descriptors of queries, (B, Q, T, D), and the attention of C-MGA, `None` without."""
+        if self.cross_attention is None:
+            return maps.mean((-1, -2)), None
+        keys = CrossMotionKeys(support.states["cross.motion"], support.states["cross.values"])
+        return self.cross_attention.describe(maps, keys, output_attentions)
 
     def _backbone_maps(self, pixel_values: torch.Tensor, cache: SupportCache) -> torch.Tensor:
         """(B, V, T, 3, H, W) -> feature maps (B·V·T, C, h, w); a class token as descriptor is a map of one patch."""
@@ -503,10 +542,10 @@ class DmgalModel(DmgalPreTrainedModel):
         num_prefix_tokens = hidden_states.shape[1] - grid[0] * grid[1]
         return hidden_states[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid)
 
-    def _check_videos(self, name: str, pixel_values: torch.Tensor, channels: int = 3):
-        if pixel_values.dim() != 6 or pixel_values.shape[3] != channels:
+    def _check_videos(self, name: str, pixel_values: torch.Tensor):
+        if pixel_values.dim() != 6 or pixel_values.shape[3] != 3:
             raise ValueError(
-                f"{name} must have the shape (episodes, videos, frames, {channels}, height, width), got "
+                f"{name} must have the shape (episodes, videos, frames, 3, height, width), got "
                 f"{tuple(pixel_values.shape)}. A single episode needs a leading 1."
             )
         if not pixel_values.is_floating_point():
@@ -536,14 +575,12 @@ class DmgalModel(DmgalPreTrainedModel):
                 f"support of class {missing}. Number its classes without gaps."
             )
 
-    def _check_query(
-        self, name: str, pixel_values: torch.Tensor, channels: int, labels: torch.Tensor | None, support: DmgalSupport
-    ):
-        self._check_videos(name, pixel_values, channels)
+    def _check_query(self, pixel_values: torch.Tensor, labels: torch.Tensor | None, support: DmgalSupport):
+        self._check_videos("query_pixel_values", pixel_values)
         episodes, _, num_frames = support.features.shape[:3]
         if (pixel_values.shape[0], pixel_values.shape[2]) != (episodes, num_frames):
             raise ValueError(
-                f"{name} has {pixel_values.shape[0]} episodes of {pixel_values.shape[2]} frames a video, "
+                f"query_pixel_values has {pixel_values.shape[0]} episodes of {pixel_values.shape[2]} frames a video, "
                 f"the supports have {episodes} of {num_frames}: both must agree."
             )
         if labels is None:

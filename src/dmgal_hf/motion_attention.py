@@ -62,17 +62,17 @@ class MixedMaps:
         divided by P. The middle one is the mean of y; the middle of a depthwise convolution of them is the mean of
         that convolution of y.
         """
-        ones = self.frames.new_ones(1, 1, *self.shape[-2:])
-        seen = F.unfold(ones, 3, padding=1).flip(1)  # (1, 9, P): which patches a weight sees
-        frames, hidden = self._window_means(self.frames, seen), self._window_means(self.hidden, seen)
-        bias = self.linear.bias[:, None, None] * seen.mean(2).unflatten(1, (3, 3))
-        return frames + F.conv2d(hidden, self.linear.weight[:, :, None, None]) + bias
-
-    @staticmethod
-    def _window_means(maps: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        rows = patches(channels_last(maps))
-        sums = torch.bmm(seen.expand(rows.shape[0], -1, -1), rows)  # (V·T, 9, C)
-        return (sums / rows.shape[1]).transpose(1, 2).unflatten(2, (3, 3))
+        height, width = self.shape[-2:]
+        part = self.frames.new_full((1, 1, height, width), 1 / (height * width))
+        seen = F.unfold(part, 3, padding=1).flip(1)  # (1, 9, P): the patches that a weight sees
+        rows, hidden = (patches(channels_last(maps)) for maps in (self.frames, self.hidden))
+        seen_by_all = seen.expand(rows.shape[0], -1, -1)
+        frames, hidden = torch.bmm(seen_by_all, rows), torch.bmm(seen_by_all, hidden)  # (V·T, 9, C)
+        # As the patches of one tall frame, which is faster than so many of nine.
+        tall = hidden.flatten(0, 1)[None, :, None].permute(0, 3, 1, 2)
+        hidden = F.conv2d(tall, self.linear.weight[:, :, None, None]).permute(0, 2, 3, 1).reshape(frames.shape)
+        means = frames + hidden + self.linear.bias * seen.sum(2)[..., None]
+        return means.transpose(1, 2).unflatten(2, (3, 3))
 
 
 class DirectionalBatchNorm(nn.BatchNorm2d):
@@ -206,17 +206,53 @@ class SelfMotionAttention(nn.Module):
             P = H·W; row p tells where patch p looks.
         """
         frames = channels_last(hidden_states)
+        attention = self._attention(hidden_states).mean(0)
+        maps = self._gather(patches(frames), attention, patches(self.value(frames)))
+        maps = maps.transpose(1, 2).view(frames.shape).unflatten(0, hidden_states.shape[:2])
+        return maps, attention.unflatten(0, hidden_states.shape[:2])
+
+    def over_windows(self, frames: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """
+        The attended maps of windows of one long video, each as [`forward`] gives them for the window by itself. What
+        moves before and after a frame is the same in all windows, but for the first and the last frame of each: as
+        nothing precedes or follows these, they attend as the two ends of the long video do.
+
+        Args:
+            frames (`torch.Tensor` of shape `(F, C, H, W)`): feature maps of the long video.
+            index (`torch.LongTensor` of shape `(V, T)`): numbers of the frames of each window, one after the other.
+
+        Returns:
+            `torch.Tensor` of shape `(V, T, C, H, W)`.
+        """
+        attention = self._attention(frames[None])  # (directions, F, P, P)
+        ends = {"forward": (-1, len(frames) - 1), "backward": (0, 0)}
+        sources = [index]
+        for direction in self.motion.directions:
+            place, end = ends[direction]
+            sources.append(index.clone())
+            sources[-1][:, place] = end
+        # A frame and those whose attention it takes, forward and backward: once for all windows that agree in them.
+        distinct, number = torch.stack(sources).flatten(1).unique(dim=1, return_inverse=True)
+        frame, sources = distinct[0], distinct[1:]
+        attention = attention.flatten(0, 1)[sources + len(frames) * torch.arange(len(sources)).to(index)[:, None]]
+        frames = frames.contiguous(memory_format=torch.channels_last)
+        rows, values = patches(frames), patches(self.value(frames))
+        maps = self._gather(rows.index_select(0, frame), attention.mean(0), values.index_select(0, frame))
+        maps = maps.index_select(0, number).transpose(1, 2)
+        return maps.unflatten(2, frames.shape[-2:]).unflatten(0, index.shape)
+
+    def _attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(V, T, C, H, W) -> (directions, V·T, P, P)."""
         motion = patches(self.motion(hidden_states).flatten(1, 2))  # (directions, V·T, P, c)
         length, width = motion.shape[-2:]
         code = sinusoidal_position_code(length, width, motion.device, motion.dtype)
         motion = self.position_dropout(motion + self.position_scale * code)
         scores = motion @ (motion.transpose(-1, -2) / math.sqrt(width))
-        attention = self.attention_dropout(scores.softmax(-1)).mean(0)  # (V·T, P, P)
-        # Both directions share the values, so one product serves both.
-        attended = attention @ patches(self.value(frames))  # (V·T, P, C)
-        attended = attended.transpose(1, 2).view(frames.shape)
-        hidden_states = torch.addcmul(frames, self.gamma, attended).unflatten(0, hidden_states.shape[:2])
-        return hidden_states, attention.unflatten(0, hidden_states.shape[:2])
+        return self.attention_dropout(scores.softmax(-1))
+
+    def _gather(self, frames: torch.Tensor, attention: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Frames and values (N, P, C), attention (N, P, P) -> (N, P, C). One product: the directions share values."""
+        return torch.baddbmm(frames, self.gamma * attention, values)
 
 
 class TemporalChannelMixer(nn.Module):
@@ -246,7 +282,7 @@ class TemporalChannelMixer(nn.Module):
         batch, size = hidden_states.shape[:2], hidden_states.shape[-2:]
         frames = patches(channels_last(hidden_states)).unflatten(0, batch).flatten(2)  # (V, T, P·C)
         # In place: new memory for maps of this size takes longer than the comparison.
-        frames = frames + self._mix_frames(self.temporal_out, self._mix_frames(self.temporal_in, frames).relu_())
+        frames = self._mix_frames(self.temporal_out, self._mix_frames(self.temporal_in, frames).relu_()).add_(frames)
         frames = frames.unflatten(2, (*size, -1)).flatten(0, 1).permute(0, 3, 1, 2)  # (V·T, C, H, W)
         frames = frames.unflatten(0, batch)
         return MixedMaps(frames, self._mix_channels(self.channel_in, frames).relu_(), self.channel_out)
@@ -254,7 +290,7 @@ class TemporalChannelMixer(nn.Module):
     @staticmethod
     def _mix_frames(linear: nn.Linear, frames: torch.Tensor) -> torch.Tensor:
         # T is the axis in the middle: a product from the left spares the transposes.
-        return torch.baddbmm(linear.bias[:, None], linear.weight.expand(frames.shape[0], -1, -1), frames)
+        return torch.bmm(linear.weight.expand(frames.shape[0], -1, -1), frames).add_(linear.bias[:, None])
 
     @staticmethod
     def _mix_channels(linear: nn.Linear, maps: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers import Pipeline, PreTrainedModel, pipeline
 
 from .modeling_dmgal import DmgalSupport
 from .query_model import DmgalQueryModel
-from .streaming import Picture, StreamedLabel, Window, is_live, window_batches
+from .streaming import Picture, StreamedLabel, Window, in_one_row, is_live, window_batches
 from .support_sets import (
     ABOUT_FILE,
     SUPPORT_FILE,
@@ -568,13 +568,14 @@ class FewShotVideoClassificationPipeline(Pipeline):
         with torch.no_grad(), self.device_placement():
             if self.model.frames_are_independent:
                 self._encode_frames(windows)
-            frames = torch.stack([frame.tensor for window in windows for frame in window.frames])
-            videos = frames.unflatten(0, (len(windows), -1))[None]
-            if self.model.frames_are_independent:
-                query = {"query_maps": videos.movedim(-1, 3)}
+                frames, starts = in_one_row(windows)
+                maps = torch.stack([frame.tensor for frame in frames]).movedim(-1, 1)
+                logits = self.model.score_windows(maps, torch.tensor(starts, device=maps.device), self.support)
             else:
-                query = {"query_pixel_values": self._to_model(videos)}
-            logits = self.model(**query, support=self.support).logits[0].cpu()
+                frames = torch.stack([frame.tensor for window in windows for frame in window.frames])
+                videos = self._to_model(frames.unflatten(0, (len(windows), -1)))[None]
+                logits = self.model(query_pixel_values=videos, support=self.support).logits[0]
+            logits = logits.cpu()
         for window, of_window in zip(windows, logits):
             best = self.postprocess({"logits": of_window[None]}, top_k=1)[0]
             yield StreamedLabel(float(window.start), float(window.end), best["label"], best["score"])

@@ -135,6 +135,21 @@ def sampled_windows(
         yield Window(Fraction(0), end, frames + frames[-1:] * (num_frames - len(frames)))
 
 
+def in_one_row(windows: list[Window]) -> tuple[list[Frame], list[int]]:
+    """
+    Frames in such an order that those of every window follow each other, and the place of the first of each window.
+    Every frame stands there once if that can be, as where `stride` is a multiple of window / T.
+    """
+    frames = list({id(frame): frame for window in windows for frame in window.frames}.values())
+    place = {id(frame): number for number, frame in enumerate(frames)}
+    starts = [place[id(window.frames[0])] for window in windows]
+    for start, window in zip(starts, windows):
+        if any(place[id(frame)] != start + number for number, frame in enumerate(window.frames)):
+            frames = [frame for window in windows for frame in window.frames]
+            return frames, list(range(0, len(frames), len(window.frames)))
+    return frames, starts
+
+
 def read_ahead(windows: Generator[Window], number: int) -> Generator[Window]:
     """
     The same windows, of which a thread makes up to `number` before they are asked for. Errors come in their turn. The
