@@ -19,6 +19,7 @@ from accelerate.tracking import get_available_trackers
 from datasets import concatenate_datasets
 from filelock import FileLock
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import AutoModel, AutoProcessor
 
 from dmgal_hf import DmgalConfig, MgaConfig
@@ -294,11 +295,36 @@ def test_fsdp_makes_the_same_updates_saves_whole_models_and_resumes(finished, co
     assert not list((out / "best").glob("_fsdp*"))  # source of torch, were the class FSDP's
 
 
+def test_compiled_run_has_the_losses_of_the_plain_one_and_resumes(config, tmp_path, tmp_path_factory, monkeypatch):
+    """The real compiler on a network of few kernels: each costs a second of g++."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+    backbone = {**FIELDS["backbone_config"], "hidden_sizes": [8], "depths": [1]}
+    fields = {"backbone_config": backbone, "motion_attention": False, "class_loss_weight": 0.0, "optimizer": "sgd"}
+    plain = run(config("plain", **fields))
+    counters.clear()
+    compiled = run(config("compiled", **fields, torch_compile=True))
+    # In front of the number of classes, which is read, and behind it; in training and in validation.
+    assert counters["stats"]["unique_graphs"] == 4
+    folder, last = tmp_path / "compiled", tmp_path / "compiled" / "checkpoints" / "episode-000000008"
+    kept = load_file(last / "model.safetensors"), load_file(folder / "model.safetensors")
+    for tensors, name in zip(kept, ("checkpoints/episode-000000008/model.safetensors", "model.safetensors")):
+        assert tensors.keys() == load_file(tmp_path / "plain" / name).keys()
+    model = AutoModel.from_pretrained(folder)
+    assert all(torch.equal(tensor, kept[1][name]) for name, tensor in model.state_dict().items() if name in kept[1])
+    shutil.rmtree(last)
+    resumed = run(folder.with_suffix(".yaml"), "--resume")
+    for one, two, three in zip(*(metrics["training"]["history"] for metrics in (plain, compiled, resumed))):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+        assert three["loss"] == two["loss"]
+    assert all(torch.equal(tensor, kept[0][name]) for name, tensor in weights(folder).items())
+
+
 def test_evaluation_is_the_same_with_several_processes_and_several_episodes_at_once(finished, cache_dir, tmp_path):
     options = ["--model", str(finished[0]), "--cache_dir", cache_dir, "--clips_per_class", "3", "--num_workers", "0",
                "--way", "3", "--shot", "1", "2", "--num_episodes", "7"]  # fmt: skip
     results = []
-    for processes, together in ((1, 1), (2, 3)):
+    for processes, together in ((1, 1), (4, 3)):
         path = tmp_path / f"{processes}.json"
         launch = command("unused", processes=processes)
         launch = [*launch[: launch.index(str(SCRIPTS / "train.py"))], str(SCRIPTS / "evaluate.py")]
