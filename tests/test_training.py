@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -17,6 +19,7 @@ from accelerate.tracking import get_available_trackers
 from datasets import concatenate_datasets
 from filelock import FileLock
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import AutoModel, AutoProcessor
 
 from dmgal_hf import DmgalConfig, MgaConfig
@@ -193,25 +196,79 @@ def test_sigterm_saves_first(finished, config, tmp_path):
     assert_same_end(tmp_path / "stopped", finished[0])
 
 
-def test_two_processes_make_the_same_updates(finished, config, cache_dir, tmp_path):
-    result = subprocess.run(command(config("two"), processes=2), capture_output=True, text=True, env=ON_CPU)
+@pytest.fixture(scope="module")
+def finished_by_two(tmp_path_factory, cache_dir):
+    """An uninterrupted run of two processes, its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("finished_by_two")
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**FIELDS, "cache_dir": cache_dir, "output_dir": str(folder / "run")}))
+    result = subprocess.run(command(path, processes=2), capture_output=True, text=True, env=ON_CPU)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "Training with 2 processes" in result.stdout
-    one, two = weights(finished[0]), weights(tmp_path / "two")
+    return folder / "run", result.stdout
+
+
+def test_two_processes_make_the_same_updates(finished, finished_by_two, cache_dir):
+    two_dir, printed = finished_by_two
+    assert "Training with 2 processes" in printed
+    one, two = weights(finished[0]), weights(two_dir)
     for name in one:
         if "running_" not in name and "num_batches" not in name:  # statistics are those of the main process
             torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3, msg=name)
-    history = [
-        json.loads(Path(d, "metrics.json").read_text())["training"]["history"] for d in (finished[0], tmp_path / "two")
-    ]
+    history = [json.loads(Path(d, "metrics.json").read_text())["training"]["history"] for d in (finished[0], two_dir)]
     for first, second in zip(*history):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
     # Both validated the same model, with statistics of all episodes: it is what was saved.
-    reached = json.loads((tmp_path / "two" / "metrics.json").read_text())["validation"]["accuracy"]
-    model, processor = (auto.from_pretrained(tmp_path / "two") for auto in (AutoModel, AutoProcessor))
+    reached = json.loads((two_dir / "metrics.json").read_text())["validation"]["accuracy"]
+    model, processor = (auto.from_pretrained(two_dir) for auto in (AutoModel, AutoProcessor))
     videos = load_motion_shapes(clips_per_class=3, cache_dir=cache_dir)["validation"]
     episodes = sample_episodes(videos["label"], 3, 1, 1, 3, seed=0)
     assert evaluate_episodes(model, processor, videos, episodes, Accelerator())["accuracy"] == reached
+
+
+def test_two_processes_resumed_after_kill_equal_uninterrupted(finished_by_two, config, tmp_path):
+    """The launcher and one of its processes die at a moment drawn by chance; the other goes by itself."""
+    draw = random.Random(0)
+    path, out = config("killed_two"), tmp_path / "killed_two"
+    moments = ("checkpoints/.episode-000000004.aside", "checkpoints/episode-000000004", ".best.aside", "best")
+    moment, delay, victim = draw.choice(moments), draw.uniform(0, 0.05), draw.randrange(2)
+    launch = command(path, processes=2)
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(launch, stdout=log, stderr=log, env=ON_CPU)
+    later = out / "checkpoints" / "episode-000000006"  # the moment may be too short to be seen
+    while not (out / moment).exists() and not later.exists():
+        assert launcher.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.002)
+    time.sleep(delay)
+    workers = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    workers[victim].kill()
+    launcher.wait()
+    gone, left = psutil.wait_procs(workers, timeout=60)
+    assert not left and len(gone) == 2
+    assert not (out / "metrics.json").exists()
+    result = subprocess.run([*launch, "--resume"], capture_output=True, text=True, env=ON_CPU)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_same_end(out, finished_by_two[0])
+
+
+def test_processes_of_a_killed_launcher_save_and_end(config, tmp_path):
+    """They would train on unseen, and keep `--resume` out. One process is enough for a launcher of several."""
+    out = tmp_path / "orphaned"
+    path = config("orphaned", num_episodes=2000, validate_every=2000)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(SCRIPTS / "train.py")]
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen([*launch, "--config", str(path)], stdout=log, stderr=log, env=ON_CPU)
+    while not list(out.glob("checkpoints/episode-*")):
+        assert launcher.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    (worker,) = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+    assert not psutil.wait_procs([worker], timeout=60)[1]
+    assert "Go on with --resume" in (tmp_path / "log").read_text()
+    assert list(out.glob("checkpoints/episode-*"))[-1].name < "episode-000002000"
+    with FileLock(out / "checkpoints" / ".lock").acquire(blocking=False):
+        pass
 
 
 def test_fsdp_makes_the_same_updates_saves_whole_models_and_resumes(finished, config, tmp_path):
@@ -238,11 +295,36 @@ def test_fsdp_makes_the_same_updates_saves_whole_models_and_resumes(finished, co
     assert not list((out / "best").glob("_fsdp*"))  # source of torch, were the class FSDP's
 
 
-def test_evaluation_is_the_same_with_two_processes_and_several_episodes_at_once(finished, cache_dir, tmp_path):
+def test_compiled_run_has_the_losses_of_the_plain_one_and_resumes(config, tmp_path, tmp_path_factory, monkeypatch):
+    """The real compiler on a network of few kernels: each costs a second of g++."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+    backbone = {**FIELDS["backbone_config"], "hidden_sizes": [8], "depths": [1]}
+    fields = {"backbone_config": backbone, "motion_attention": False, "class_loss_weight": 0.0, "optimizer": "sgd"}
+    plain = run(config("plain", **fields))
+    counters.clear()
+    compiled = run(config("compiled", **fields, torch_compile=True))
+    # In front of the number of classes, which is read, and behind it; in training and in validation.
+    assert counters["stats"]["unique_graphs"] == 4
+    folder, last = tmp_path / "compiled", tmp_path / "compiled" / "checkpoints" / "episode-000000008"
+    kept = load_file(last / "model.safetensors"), load_file(folder / "model.safetensors")
+    for tensors, name in zip(kept, ("checkpoints/episode-000000008/model.safetensors", "model.safetensors")):
+        assert tensors.keys() == load_file(tmp_path / "plain" / name).keys()
+    model = AutoModel.from_pretrained(folder)
+    assert all(torch.equal(tensor, kept[1][name]) for name, tensor in model.state_dict().items() if name in kept[1])
+    shutil.rmtree(last)
+    resumed = run(folder.with_suffix(".yaml"), "--resume")
+    for one, two, three in zip(*(metrics["training"]["history"] for metrics in (plain, compiled, resumed))):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+        assert three["loss"] == two["loss"]
+    assert all(torch.equal(tensor, kept[0][name]) for name, tensor in weights(folder).items())
+
+
+def test_evaluation_is_the_same_with_several_processes_and_several_episodes_at_once(finished, cache_dir, tmp_path):
     options = ["--model", str(finished[0]), "--cache_dir", cache_dir, "--clips_per_class", "3", "--num_workers", "0",
                "--way", "3", "--shot", "1", "2", "--num_episodes", "7"]  # fmt: skip
     results = []
-    for processes, together in ((1, 1), (2, 3)):
+    for processes, together in ((1, 1), (4, 3)):
         path = tmp_path / f"{processes}.json"
         launch = command("unused", processes=processes)
         launch = [*launch[: launch.index(str(SCRIPTS / "train.py"))], str(SCRIPTS / "evaluate.py")]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 PROGRESS_FILE = "progress.json"
@@ -57,24 +58,29 @@ class Progress:
 def keep_others_out(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
     """
     Inside, no other run writes into `output_dir`; the lock goes with the process. (The processes of a launcher that
-    was killed with -9 live on.)
+    was killed with -9 live on, to the end of their step.)
 
     Raises:
         ValueError: another run is at it.
     """
-    if not accelerator.is_main_process:
-        yield
-        return
-    (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(output_dir / "checkpoints" / ".lock").acquire(blocking=False)
-    except Timeout as error:
+    lock, taken = FileLock(output_dir / "checkpoints" / ".lock"), False
+    if accelerator.is_main_process:
+        (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            taken = True
+    # All processes end by this error: one that went on would bury it under that of its lost connection.
+    (taken,) = broadcast_object_list([taken])
+    if taken:
         raise ValueError(
             f"another process is training into {output_dir}, perhaps one whose launcher was killed: wait for it, end "
             "it, or give another output_dir."
-        ) from error
-    with lock:
+        )
+    try:
         yield
+    finally:
+        lock.release()  # of the main process; nothing in the others
 
 
 @contextmanager
@@ -156,7 +162,8 @@ def load_checkpoint(accelerator: Accelerator, output_dir: Path, arguments: dict[
 class StopSignal:
     """
     Turns SIGTERM and Ctrl-C into a request that the training loop honours after its step, and at once where the state
-    is saved already. A second Ctrl-C is not held back.
+    is saved already. A second Ctrl-C is not held back. The processes of a launcher of several that was killed with -9
+    live on unseen, so its death is a request as well.
 
     Attributes:
         agreed (`int`): the signal that any process had received when the processes last compared, 0 if none.
@@ -167,6 +174,8 @@ class StopSignal:
     def __init__(self):
         self.received = self.agreed = 0
         self._at_once = False
+        # Of torch's launcher alone: the shell behind nohup may go and its process stay.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> "StopSignal":
         self._previous = {number: signal.signal(number, self._note) for number in self.NUMBERS}
@@ -185,6 +194,8 @@ class StopSignal:
 
     def flags(self) -> list[float]:
         """What this process received, for the processes to compare."""
+        if self._launcher not in (None, os.getppid()):
+            self.received = self.received or signal.SIGTERM
         return [float(self.received == number) for number in self.NUMBERS]
 
     def agree(self, flags: list[float]):
