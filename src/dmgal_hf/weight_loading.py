@@ -3,9 +3,13 @@
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, rename_source_key
-from transformers.modeling_utils import load_state_dict
-from transformers.utils.loading_report import LoadStateDictInfo
+
+try:  # internals, which may move; a checkpoint that brings this source along is still to load then, if more slowly
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.modeling_utils import load_state_dict
+    from transformers.utils.loading_report import LoadStateDictInfo
+except ImportError:
+    rename_source_key = None
 
 
 def load_weights(
@@ -19,7 +23,8 @@ def load_weights(
     they are asked for on a device, quantized or shared out.
     """
     short = (
-        state_dict is None
+        rename_source_key is not None
+        and state_dict is None
         and bool(checkpoint_files)
         and all(file.endswith(".safetensors") for file in checkpoint_files)
         and load_config.hf_quantizer is None
