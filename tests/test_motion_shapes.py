@@ -26,6 +26,7 @@ def made(tmp_path_factory):
 
 def generate_in_own_group(arguments):
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell starts background jobs without
     load_motion_shapes(**arguments)
 
 
