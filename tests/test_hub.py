@@ -1,5 +1,6 @@
 """Pushing and pulling over real HTTP, by unmodified clients in processes of their own."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -384,7 +385,8 @@ def test_adapters_that_nobody_could_load_are_not_pushed(run, tmp_path):
     with pytest.raises(ValueError, match="is not named after a repository"):
         collect_files(make_adapter_run(tmp_path / "run"), adapter_only=True)
     model = DmgalModel.from_backbone(ViTModel(ViTConfig(num_hidden_layers=1), add_pooling_layer=False))
-    model.backbone.add_adapter(MgaConfig())
+    get_peft_model(copy.deepcopy(model.backbone), MgaConfig()).save_pretrained(tmp_path / "adapter")
+    model.backbone.load_adapter(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"save them with model\.backbone\.save_pretrained"):
         model.save_pretrained(tmp_path / "model")
 

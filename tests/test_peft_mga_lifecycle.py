@@ -5,16 +5,19 @@ import sys
 import time
 from datetime import timedelta
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from packaging.version import Version
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from dmgal_hf.peft import CmgaLayer, MgaConfig, SmgaLayer, SupportCache
 
@@ -164,6 +167,9 @@ def test_adapters_for_another_backbone_are_refused(tmp_path, width, layers):
 # transformers
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason=f"this transformers asks for peft {MIN_PEFT_VERSION}"
+)
 def test_transformers_own_adapter_calls(tmp_path, videos):
     model = backbone()
     base = features(model, videos)
