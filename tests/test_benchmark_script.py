@@ -90,9 +90,10 @@ def test_adapter(benchmark, tmp_path, capsys):
 def test_support(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "support", tmp_path)
     check_structure(result, "support", capsys.readouterr().out)
-    streams = groups.pop("ResNet-50, DMGAL-FT: windows of 2 s every 0.5 s")
-    assert streams["one pass over its sampled frames"]["note"] == "24 of 180 frames"
-    assert streams["stream"]["note"] == "9 windows"
+    streams = groups.pop("ResNet-50, DMGAL-FT: 60 s in windows of 2 s")
+    assert streams["one pass of the backbone over its sampled frames"]["note"] == "24 of 180 frames"
+    assert streams["stream, windows end to end: once through the whole model"]["note"] == "3 windows"
+    assert streams["stream, a window every 0.5 s"]["note"] == "9 windows"
     assert len(groups) == 2
     for rows in groups.values():
         assert rows["one query, kept 5-way 5-shot supports"]["difference"] < 1e-5
