@@ -6,6 +6,7 @@ The exit status is 1 if a query could not be read; the others are answered all t
 
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,10 @@ from typing import Any
 from transformers import pipeline
 
 from dmgal_hf.arguments import parse_arguments
+from dmgal_hf.extracted_frames import is_frame
 from dmgal_hf.pipeline import TASK, FewShotVideoClassificationPipeline
+from dmgal_hf.streaming import URL
 from dmgal_hf.support_sets import ABOUT_FILE
-from dmgal_hf.video_decoding import VideoDecodeError
-
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass
@@ -27,7 +27,7 @@ class PredictArguments:
 
     model: str = field(metadata={"help": "Model id or folder."})
     support: str = field(metadata={"help": "Folder of class folders, or of a kept support set."})
-    query: str = field(metadata={"help": "A video, or a folder of videos."})
+    query: str = field(metadata={"help": "A video (file, URL or folder of frames), or a folder of videos."})
     top_k: int = field(default=3, metadata={"help": "Classes shown of each video."})
     unknown: str | None = field(
         default=None, metadata={"help": "auto, or the distance beyond which a video is of no class."}
@@ -47,33 +47,51 @@ def list_clips(folder: Path) -> list[str]:
     return clips
 
 
-def list_queries(path: Path) -> list[str]:
-    """A file or a folder of frames is one query, any other folder holds several."""
-    if not path.is_dir() or any(child.suffix.lower() in FRAME_SUFFIXES for child in path.iterdir()):
-        return [str(path)]
-    return list_clips(path)
+def list_queries(query: str) -> list[str]:
+    """A file, a URL or a folder of frames is one query, any other folder holds several."""
+    if re.match(URL, query) or not Path(query).is_dir():
+        return [query]
+    clips = list_clips(Path(query))
+    pictures = [clip for clip in clips if is_frame(clip)]
+    if pictures and len(pictures) < len(clips):
+        raise ValueError(f"{query} holds pictures ({pictures[0]}) beside other files: is it one clip, or several?")
+    return [query] if pictures else clips
 
 
-def fit(classifier: FewShotVideoClassificationPipeline, support: Path, unknown: str | None):
+def list_examples(support: Path) -> dict[str, list[str]]:
+    """The clips of each class folder."""
+    examples = {}
+    for folder in map(Path, list_clips(support)):
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{support} holds one folder a class, but {folder} is a file")
+        examples[folder.name] = list_clips(folder)
+        for clip in filter(is_frame, examples[folder.name]):
+            raise ValueError(f"{clip} is a picture, not a clip: put the frames of a clip into a folder of their own")
+    return examples
+
+
+def read_threshold(text: str | None) -> str | float | None:
+    try:
+        return text if text in (None, "auto") else float(text)
+    except ValueError:
+        raise ValueError(f"--unknown {text}: give auto or a distance, a number") from None
+
+
+def fit(classifier: FewShotVideoClassificationPipeline, support: Path, unknown: str | float | None):
     if (support / ABOUT_FILE).is_file():
         classifier.load(support)
+        if unknown == "auto":
+            raise ValueError("--unknown auto needs the clips: the kept support set has the threshold of its fit")
         if unknown is not None:
-            if unknown == "auto":
-                raise ValueError("--unknown auto needs the clips: the kept support set has the threshold of its fit")
-            classifier.unknown = float(unknown)
-        return
-    classes = [Path(folder) for folder in list_clips(support)]
-    stray = [str(folder) for folder in classes if not folder.is_dir()]
-    if stray:
-        raise NotADirectoryError(f"{support} holds one folder a class, but {stray[0]} is a file")
-    examples = {folder.name: list_clips(folder) for folder in classes}
-    classifier.fit(examples, unknown=unknown if unknown in (None, "auto") else float(unknown))
+            classifier.unknown = unknown
+    else:
+        classifier.fit(list_examples(support), unknown=unknown)
 
 
-def predict(classifier: FewShotVideoClassificationPipeline, query: str, top_k: int) -> dict[str, Any]:
+def predict(classifier: FewShotVideoClassificationPipeline, query: str) -> dict[str, Any]:
     try:
-        return {"video": query, "predictions": classifier(query, top_k=top_k)}
-    except VideoDecodeError as error:
+        return {"video": query, "predictions": classifier(query)}
+    except ValueError as error:
         return {"video": query, "error": str(error)}
 
 
@@ -83,14 +101,16 @@ def format_row(answer: dict[str, Any], width: int) -> str:
 
 
 def main(arguments: PredictArguments) -> int:
-    queries = list_queries(Path(arguments.query))
-    classifier = pipeline(TASK, model=arguments.model, device=arguments.device)
-    fit(classifier, Path(arguments.support), arguments.unknown)
+    queries, unknown = list_queries(arguments.query), read_threshold(arguments.unknown)
+    if arguments.json is not None:
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+    classifier = pipeline(TASK, model=arguments.model, device=arguments.device, top_k=arguments.top_k)
+    fit(classifier, Path(arguments.support), unknown)
     if arguments.save is not None:
         classifier.save(arguments.save)
     answers, width = [], max(map(len, queries))
     for query in queries:
-        answers.append(predict(classifier, query, arguments.top_k))
+        answers.append(predict(classifier, query))
         print(format_row(answers[-1], width), flush=True)
     if arguments.json is not None:
         content = {"model": arguments.model, "labels": classifier.labels, "answers": answers}

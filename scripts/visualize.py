@@ -1,12 +1,13 @@
 """Draws what a model looks at: `python scripts/visualize.py --model ID --support DIR --query FILE --output DIR`.
 
---support is a folder with one folder of clips a class. Writes episode.png and, for a model that returns its attention,
-motion_association.png, self_attention.png and cross_attention.png.
+--support is a folder with one folder of clips a class. Writes episode.png, for a model with S-MGA self_attention.png
+and motion_association.png, and for one with C-MGA cross_attention.png.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from transformers import AutoModel, AutoProcessor
 
 from dmgal_hf.arguments import parse_arguments
@@ -49,22 +50,24 @@ def main(arguments: VisualizeArguments):
     query = episode["query_pixel_values"][0, 0]
     frame = (len(query) - 1) // 2 if arguments.frame is None else arguments.frame
 
-    figures = {"episode": plot_episode(model, processor, episode)}
-    if model.config.paradigm == "adapter":
-        print(f"{arguments.model} has adapters, which return no attention: only the episode sheet is drawn")
-    else:
-        figures["motion_association"] = plot_motion_association(
-            model, query, frame, processor, pooled_grid=arguments.pooled_grid
-        )
-        figures["self_attention"] = plot_self_attention(model, processor, arguments.query)
-        figures["cross_attention"] = plot_cross_attention(
-            model, processor, episode, frame=frame, patch=arguments.patch
-        )
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
+
+    def write(name: str, figure: Figure):
         figure.savefig(output / f"{name}.png", dpi=arguments.dpi)
         print(f"wrote {output / name}.png")
+
+    write("episode", plot_episode(model, processor, episode))
+    if model.self_attention is not None:
+        write("self_attention", plot_self_attention(model, processor, arguments.query))
+    if model.cross_attention is not None:
+        attention = plot_cross_attention(model, processor, episode, frame=frame, patch=arguments.patch)
+        write("cross_attention", attention)
+    if model.self_attention is not None:
+        association = plot_motion_association(model, query, frame, processor, pooled_grid=arguments.pooled_grid)
+        write("motion_association", association)
+    if model.self_attention is None or model.cross_attention is None:
+        print(f"{arguments.model} lacks S-MGA or C-MGA of its own (adapters return no attention): no more to draw")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import runpy
@@ -129,6 +130,8 @@ def test_checkpoint_to_scores(checkpoint, videos, classes, temperature):
     assert [entry["score"] for entry in answer] == sorted((entry["score"] for entry in answer), reverse=True)
     assert by_label(answer) == pytest.approx(dict(zip(classes, expected.tolist())), abs=1e-5)
     assert classifier(videos[7], top_k=2) == answer[:2]
+    best_alone = pipeline(TASK, model=checkpoint, device="cpu", top_k=1).fit(classes)
+    assert best_alone(videos[7]) == answer[:1] and best_alone(videos[7], top_k=None) == answer
 
 
 def test_a_loaded_model_brings_its_processor(checkpoint, videos, classes):
@@ -140,6 +143,32 @@ def test_a_loaded_model_brings_its_processor(checkpoint, videos, classes):
     Path(checkpoint, "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"has no preprocessor_config\.json"):
         pipeline(TASK, model=checkpoint, device="cpu")
+
+
+def test_a_processor_by_another_name_is_the_one_that_is_meant(tmp_path, checkpoint):
+    other = DmgalVideoProcessor(num_frames=4, size=40, crop_size=32)
+    other.save_pretrained(tmp_path / "other")
+    for given in ({"processor": other}, {"video_processor": other}, {"processor": str(tmp_path / "other")}):
+        classifier = pipeline(TASK, model=checkpoint, device="cpu", **given)
+        assert classifier.image_processor.size == {"shortest_edge": 40}
+    with pytest.raises(OSError, match="nowhere"):
+        pipeline(TASK, model=checkpoint, device="cpu", processor=str(tmp_path / "nowhere"))
+
+
+def test_numbers_that_are_none(videos, classes):
+    classifier = make_classifier().fit(classes)
+    support = classifier.support
+    for bad in (0, -1.0, float("nan"), "1"):
+        with pytest.raises(ValueError, match="temperature must be a number above 0"):
+            classifier.temperature = bad
+    with torch.no_grad():
+        classifier.model.mixer.channel_out.bias[0] = float("nan")
+    with pytest.raises(ValueError, match=r"the model gives NaN or infinity in float32 for support\['push'\]\[0\]"):
+        classifier.fit(classes)
+    assert classifier.support is support
+    for answers in (lambda: classifier(videos[0]), lambda: list(classifier.stream(videos[0]))):
+        with pytest.raises(ValueError, match="the model gives NaN or infinity"):
+            answers()
 
 
 def test_saved_pipeline_loads_without_remote_code(tmp_path, videos, classes):
@@ -178,6 +207,14 @@ def test_support_of_a_dataset(videos, classes):
     assert classifier.labels == names and classifier(videos[7]) == make_classifier().fit(classes)(videos[7])
     with pytest.raises(ValueError, match="no column 'video'"):
         classifier.fit(dataset)
+    added = Dataset.from_dict({"clip": [videos[7], None], "action": ["new", "new"]})
+    with pytest.raises(ValueError, match="row 1 of the dataset has no clip"):
+        classifier.add(added, video_column="clip", label_column="action")
+    classifier.add(added.select([0]), video_column="clip", label_column="action")
+    assert classifier.labels == [*names, "new"]
+    column = Dataset.from_dict({"video": videos[:2]}).cast_column("video", Video())["video"]
+    of_columns = make_classifier().fit({"push": column, "lift": videos[5:7]})
+    assert of_columns(videos[7]) == make_classifier().fit({"push": videos[:2], "lift": videos[5:7]})(videos[7])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -265,6 +302,17 @@ def test_kept_support_set(tmp_path, videos, classes, kind):
     for other in (other_weights, other_metric, other_crop):
         with pytest.raises(ValueError, match="weights, config or preprocessing differ"):
             other.load(tmp_path / "kept")
+    classifier.fit(dict(reversed(classes.items()))).save(tmp_path / "reversed")
+    mixed = tmp_path / "mixed"
+    for folder, name in (("kept", "support.json"), ("reversed", "support.safetensors")):
+        mixed.mkdir(exist_ok=True)
+        (mixed / name).write_bytes((tmp_path / folder / name).read_bytes())
+    with pytest.raises(ValueError, match=r"support.safetensors and the support.json beside it are not of one"):
+        again.load(mixed)
+    about = json.loads((mixed / "support.json").read_text())
+    (mixed / "support.json").write_text(json.dumps({name: about[name] for name in about if name != "labels"}))
+    with pytest.raises(ValueError, match=r"support.json is damaged .no 'labels'."):
+        again.load(mixed)
     for name in ("support.safetensors", "support.json"):
         (tmp_path / "kept" / name).write_bytes(b"{")
         with pytest.raises(ValueError, match=rf"{name} is damaged .*fit again"):
@@ -272,6 +320,13 @@ def test_kept_support_set(tmp_path, videos, classes, kind):
     (tmp_path / "kept" / "support.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"support\.json is missing"):
         again.load(tmp_path / "kept")
+
+
+def test_kept_support_set_brings_the_dtype_of_its_model(tmp_path, checkpoint, videos, classes):
+    classifier = pipeline(TASK, model=checkpoint, dtype="bfloat16", device="cpu").fit(classes)
+    classifier.save(tmp_path / "kept")
+    again = FewShotVideoClassificationPipeline.from_pretrained(tmp_path / "kept", device="cpu")
+    assert again.model.dtype == torch.bfloat16 and again(videos[7]) == classifier(videos[7])
 
 
 def test_kept_support_set_brings_its_model(tmp_path, checkpoint, videos, classes):
@@ -327,8 +382,14 @@ def test_peft_model(tmp_path, videos, classes, processor):
     scores = torch.cat([expected, torch.tensor([-classifier.unknown])]).softmax(0).tolist()
     assert by_label(classifier(videos[7])) == pytest.approx(dict(zip([*classes, "unknown"], scores)), abs=1e-5)
     classifier.save(tmp_path)
-    with pytest.raises(ValueError, match="made with"):
+    with pytest.raises(ValueError, match="made with a model that was never saved or got adapters"):
         make_classifier("frozen").load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="got adapters afterwards, which is not here: pass model="):
+        FewShotVideoClassificationPipeline.from_pretrained(tmp_path)
+    again = FewShotVideoClassificationPipeline.from_pretrained(
+        tmp_path, model=model, image_processor=processor, device="cpu"
+    )
+    assert again(videos[7]) == classifier(videos[7])
 
 
 def test_same_video_in_two_classes_is_named(tmp_path, videos):
@@ -388,8 +449,15 @@ def test_bad_queries(tmp_path, videos, classes):
         classifier([videos[0], b"no video"])
     with pytest.raises(VideoDecodeError, match="cannot be a int"):
         classifier(7)
+    with pytest.raises(VideoDecodeError, match=r"notes\.txt"):
+        classifier([videos[0], tmp_path / "notes.txt"], num_workers=1)
+    with pytest.raises(VideoDecodeError, match="'': no file has such a name"):
+        classifier("")
     with pytest.raises(ValueError, match="top_k must be"):
         classifier(videos[0], top_k=0)
+    for batch_size in (0, -1, 2.5, "3"):
+        with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
+            classifier.fit(classes, batch_size=batch_size)
     with pytest.raises(ValueError, match="unknown argument 'topk'"):
         classifier(videos[0], topk=1)
     with pytest.raises(ValueError, match="needs a DmgalModel, not a Linear"):
@@ -523,6 +591,68 @@ def test_stream_sources(tmp_path, videos, long_video, classes):
     assert [answer[:2] for answer in classifier.stream(one_frame)] == [(0.0, 0.125)]
 
 
+def test_answers_are_of_one_support_set_where_the_classes_change(videos, long_video, classes):
+    classifier = make_classifier().fit(classes)
+    before = list(classifier.stream(long_video, stride=0.25))
+    exchanged = {"lift": classes["push"], "push": classes["pull"], "pull": classes["lift"]}
+    after = list(classifier.fit(exchanged).stream(long_video, stride=0.25))
+    assert all(one.label != other.label for one, other in zip(before, after)) and len(before) == 11
+    classifier.fit(classes)
+    stream = classifier.stream(long_video, stride=0.25, batch_size=4)
+    answers = [next(stream)]
+    classifier.fit(exchanged)
+    assert alike(answers + list(stream), before[:4] + after[4:])
+
+    classifier.fit(classes)
+    expected = classifier(videos[:4])
+    answers = iter(classifier((video for video in videos[:4]), batch_size=4))
+    first = next(answers)
+    classifier.remove("lift")
+    for answer, of_three in zip([first, *answers], expected):
+        assert [entry["label"] for entry in answer] == [entry["label"] for entry in of_three]
+    assert len(classifier(videos[0])) == 2
+
+
+def test_truncated_stream(tmp_path, videos, long_video, classes):
+    classifier = make_classifier().fit(classes)
+    whole, cut = tmp_path / "whole.mkv", tmp_path / "cut.mkv"
+    with av.open(long_video) as source, av.open(str(whole), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    expected = list(classifier.stream(whole))
+    content = whole.read_bytes()
+    cut.write_bytes(content[: len(content) * 9 // 10])
+    for source in (cut, cut.read_bytes(), cut.open("rb")):
+        answers = []
+        with pytest.raises(VideoDecodeError, match=r"truncated: the file has .* more are missing"):
+            for answer in classifier.stream(source, batch_size=1):
+                answers.append(answer)
+        assert 0 < len(answers) < len(expected) and alike(answers, expected[: len(answers)])
+
+
+def test_stream_of_a_pipe_does_not_wait_for_frames_that_nobody_asked_for(tmp_path, classes):
+    classifier = make_classifier().fit(classes)
+    content = Path(write_video(tmp_path / "long.ts", 50, frames=300, fps=10)).read_bytes()
+    reading, writing = os.pipe()
+
+    def feed():
+        with contextlib.suppress(BrokenPipeError):
+            os.write(writing, content)
+
+    threading.Thread(target=feed, daemon=True).start()
+    with open(reading, "rb", buffering=0) as pipe:  # whose end never comes
+        stream = classifier.stream(pipe)
+        assert next(stream)[:2] == (0.0, 2.0)
+        closing = threading.Thread(target=stream.close, daemon=True)
+        closing.start()
+        closing.join(60)
+        assert not closing.is_alive()
+    os.close(writing)
+
+
 def test_bad_streams(tmp_path, videos, classes):
     classifier = make_classifier().fit(classes)
     (tmp_path / "notes.txt").write_text("no video")
@@ -531,7 +661,7 @@ def test_bad_streams(tmp_path, videos, classes):
         with pytest.raises(VideoDecodeError, match=message):
             list(classifier.stream(bad))
     for name in ("window", "stride"):
-        with pytest.raises(ValueError, match=f"{name} must be a number of seconds above 0, got 0"):
+        with pytest.raises(ValueError, match=f"{name} must be a number of seconds, at least 0.001, got 0"):
             classifier.stream(videos[0], **{name: 0})
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         classifier.stream(videos[0], batch_size=0)
@@ -568,6 +698,29 @@ def test_predict_script(tmp_path, checkpoint, videos, classes, monkeypatch, caps
         run("--support", tmp_path / "kept", "--query", videos[7], "--unknown", "auto")
     with pytest.raises(NotADirectoryError, match="is a file"):
         run("--support", tmp_path / "query", "--query", videos[7])
+
+    pictures = tmp_path / "frames"
+    pictures.mkdir()
+    for number in range(4):
+        Image.new("RGB", (40, 32), (60 * number, 0, 0)).save(pictures / f"{number}.png")
+    assert len(run("--support", tmp_path / "kept", "--query", pictures)[1]) == 1
+    (tmp_path / "query" / "thumbnail.png").symlink_to(pictures / "0.png")
+    (tmp_path / "query" / "._hidden.jpg").write_text("as macOS leaves it")
+    with pytest.raises(ValueError, match=r"query holds pictures \(.*thumbnail.png\) beside other files"):
+        run("--support", tmp_path / "kept", "--query", tmp_path / "query")
+    (tmp_path / "query" / "thumbnail.png").unlink()
+    assert len(run("--support", tmp_path / "kept", "--query", tmp_path / "query")[1]) == 2
+    (tmp_path / "support" / "lift" / "0.png").symlink_to(pictures / "0.png")
+    with pytest.raises(ValueError, match=r"0.png is a picture, not a clip"):
+        run("--support", tmp_path / "support", "--query", videos[7])
+    with pytest.raises(ValueError, match="--unknown far: give auto or a distance"):
+        run("--support", tmp_path / "kept", "--query", videos[7], "--unknown", "far")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(Path(videos[7]).parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code, of_url = run("--support", tmp_path / "kept", "--query", f"http://127.0.0.1:{server.server_port}/7.mp4")
+        server.shutdown()
+    assert code == 0 and of_url[0].split()[1:] == again[0].split()[1:]
 
 
 def test_importing_dmgal_hf_does_not_import_datasets():

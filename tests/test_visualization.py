@@ -383,7 +383,7 @@ def test_script_writes_pictures(tmp_path, monkeypatch, capsys, paradigm):
     written = {path.name for path in (tmp_path / "out" / "pictures").iterdir()}
     printed = capsys.readouterr().out
     if paradigm == "adapter":
-        assert written == {"episode.png"} and "adapters, which return no attention" in printed
+        assert written == {"episode.png"} and "adapters return no attention" in printed
     else:
         assert written == {"episode.png", "motion_association.png", "self_attention.png", "cross_attention.png"}
         with pytest.raises(ValueError, match="`patch` is 16"):

@@ -18,15 +18,18 @@ _GO_ON = "Replace the file, or leave it out of the index."
 
 
 class VideoDecodeError(ValueError):
-    """A video that cannot be read. `source` is its path or URL, or "<bytes>"."""
+    """
+    A video that cannot be read. `source` is its path or URL, or "<bytes>"; None, as is `problem`, where a worker of
+    torch's data loader hands the error on, which gives it the message alone.
+    """
 
-    def __init__(self, source: str, problem: str, remedy: str = _GO_ON):
-        super().__init__(f"{source}: {problem}. {remedy}")
-        self.source = source
+    def __init__(self, source: str, problem: str | None = None, remedy: str = _GO_ON):
+        super().__init__(source if problem is None else f"{source}: {problem}. {remedy}")
+        self.source = None if problem is None else source
         self.problem, self.remedy = problem, remedy
 
-    def __reduce__(self):  # data loader workers send their errors to the main process
-        return type(self), (self.source, self.problem, self.remedy)
+    def __reduce__(self):  # processes send their errors to each other
+        return type(self), (str(self),) if self.problem is None else (self.source, self.problem, self.remedy)
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,7 @@ class FrameFiles:
             with Image.open(file) as image:
                 if image.mode.startswith(("I", "F")):
                     raise OSError(f"{image.mode} pixels, not 8 bits a channel")
-                if image.has_transparency_data:
-                    rgba = image.convert("RGBA")
-                    return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba))[..., :3]
-                return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+                return picture_to_rgb(image)
         except (OSError, SyntaxError, UnidentifiedImageError) as error:
             raise VideoDecodeError(f"{self.source}/{self.names[index]}", f"not a readable frame ({error})") from error
 
@@ -154,6 +154,16 @@ def _map_arrow_file(path: str) -> Any:
         raise ValueError("it needs pyarrow: pip install datasets") from error
     with pyarrow.memory_map(path) as file, pyarrow.ipc.open_stream(file) as reader:
         return reader.read_all()
+
+
+def picture_to_rgb(picture: Any) -> np.ndarray:
+    """A PIL image -> (H, W, 3) uint8; what is transparent lies over black."""
+    from PIL import Image
+
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba))[..., :3]
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def is_frame(name: str) -> bool:

@@ -1,7 +1,6 @@
 """`pipeline("few-shot-video-classification")`: a few clips a class, then labels for videos and streams."""
 
 import contextlib
-import json
 import math
 import os
 import tempfile
@@ -13,35 +12,36 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from huggingface_hub import CommitInfo, HfApi
-from safetensors import SafetensorError
 from transformers import Pipeline, PreTrainedModel, pipeline
 
 from .modeling_dmgal import DmgalSupport
 from .query_model import DmgalQueryModel
-from .streaming import Picture, StreamedLabel, Window, in_one_row, is_live, window_batches
+from .streaming import Frame, Picture, StreamedLabel, Window, in_one_row, is_live, window_batches
 from .support_sets import (
-    ABOUT_FILE,
-    SUPPORT_FILE,
     SUPPORT_FORMAT,
     UNKNOWN,
+    UNNAMED_MODEL,
     FittedSupport,
     check_same_size,
+    check_temperature,
     check_unknown,
     clip_digests,
     find_support,
     fingerprint,
+    kept_model_id,
     load_processor,
-    model_id,
     model_revision,
     numbered,
     read_classes,
+    read_support,
     support_card,
-    undecoded_column,
     warn_of_repeats,
+    write_support,
 )
-from .video_processing_dmgal import DmgalVideoProcessor, _list_videos
+from .video_processing_dmgal import DmgalVideoProcessor, _list_videos, undecoded_column
 
 if TYPE_CHECKING:
     import datasets
@@ -65,12 +65,13 @@ class FewShotVideoClassificationPipeline(Pipeline):
     Args:
         model ([`DmgalModel`] or `PeftModel` of one): the model; it is put into eval mode.
         image_processor ([`DmgalVideoProcessor`], *optional*):
-            How videos are read; by default that of the checkpoint the model comes from.
+            How videos are read; by default that of the checkpoint the model comes from. `processor` and
+            `video_processor` are other names for it.
         kwargs: those of [`~transformers.Pipeline`] (`device`, `batch_size`, `num_workers`), and `top_k` for all calls.
 
     Attributes:
-        temperature (`float`): scores are softmax(logits / temperature). At first `config.score_temperature` of the
-            model; [`calibrate`] sets it.
+        temperature (`float`): scores are softmax(logits / temperature), above 0. At first `config.score_temperature`
+            of the model; [`calibrate`] and [`load`] set it, [`fit`] leaves it.
 
     Raises:
         ValueError: the model is no [`DmgalModel`], or there is no processor to be found.
@@ -87,7 +88,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
     ```
     """
 
-    load_processor = False
+    _load_processor = False
     _load_image_processor = None  # optional for the loader: a model passed as an object has no name it could use
     _load_video_processor = False
     _load_feature_extractor = False
@@ -96,7 +97,11 @@ class FewShotVideoClassificationPipeline(Pipeline):
     def __init__(self, model: PreTrainedModel, image_processor: DmgalVideoProcessor | None = None, **kwargs):
         if not hasattr(model, "encode_support"):
             raise ValueError(f"{TASK!r} needs a DmgalModel, not a {type(model).__name__}: choose a DMGAL checkpoint.")
-        processor = kwargs.pop("processor", None) if image_processor is None else image_processor
+        # `pipeline()` loads that of the checkpoint as image_processor: what is given by another name is meant.
+        given = [kwargs.pop(name) for name in ("processor", "video_processor") if kwargs.get(name) is not None]
+        processor = given[0] if given else image_processor
+        if isinstance(processor, (str, os.PathLike)):
+            processor = DmgalVideoProcessor.from_pretrained(processor)
         processor = load_processor(model) if processor is None else processor
         if not isinstance(processor, DmgalVideoProcessor):
             raise ValueError(f"image_processor must be a DmgalVideoProcessor, got a {type(processor).__name__}.")
@@ -106,6 +111,14 @@ class FewShotVideoClassificationPipeline(Pipeline):
         self._fitted: FittedSupport | None = None
 
     # The support set
+
+    @property
+    def temperature(self) -> float:
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float):
+        self._temperature = check_temperature(value)
 
     @property
     def _current(self) -> FittedSupport:
@@ -130,8 +143,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
     @unknown.setter
     def unknown(self, distance: float | None):
-        check_unknown(distance, self.labels)
-        self._fitted = replace(self._current, unknown=distance, auto=False)
+        self._fitted = replace(self._current, unknown=check_unknown(distance, self.labels), auto=False)
 
     def fit(
         self,
@@ -171,24 +183,29 @@ class FewShotVideoClassificationPipeline(Pipeline):
                 f"`support` has {len(classes)} class(es), {list(classes)}: a classifier needs at least two. Add "
                 "one of clips that show anything else."
             )
-        check_unknown(None if unknown == "auto" else unknown, classes, reserve=unknown is not None)
+        auto = isinstance(unknown, str) and unknown == "auto"
+        distance = check_unknown(None if auto else unknown, classes, reserve=unknown is not None)
         digests = clip_digests(classes)
         warn_of_repeats(classes, digests, {})
-        encoded, pixel_values = self._encode(classes, unknown == "auto", batch_size)
+        encoded, pixel_values = self._encode(classes, auto, batch_size)
         labels = tuple(classes)
         fitted = FittedSupport(
             labels=labels,
             support=numbered(encoded, [labels.index(label) for label in classes for _ in classes[label]]),
             digests=tuple(digests.values()),
             pixel_values=pixel_values,
-            unknown=None if unknown == "auto" else unknown,
-            auto=unknown == "auto",
+            unknown=distance,
+            auto=auto,
         )
         self._fitted = self._with_threshold(fitted)
         return self
 
     def add(
-        self, support: "Mapping[str, Any] | datasets.Dataset", batch_size: int | None = None
+        self,
+        support: "Mapping[str, Any] | datasets.Dataset",
+        video_column: str = "video",
+        label_column: str = "label",
+        batch_size: int | None = None,
     ) -> "FewShotVideoClassificationPipeline":
         """
         Adds classes, or clips to classes that are there. No clip of before is read or encoded again; a threshold that
@@ -197,7 +214,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         Args and errors as in [`fit`].
         """
         old = self._current
-        classes = read_classes(support, "video", "label")
+        classes = read_classes(support, video_column, label_column)
         check_unknown(None, classes, reserve=old.unknown is not None)
         needs_clips = old.auto and self.model.has_cross_adapters
         if needs_clips and old.pixel_values is None:
@@ -307,7 +324,9 @@ class FewShotVideoClassificationPipeline(Pipeline):
     ) -> tuple[DmgalSupport, torch.Tensor | None]:
         """All clips as supports of class 0, and their pixel values (S, T, 3, H, W) if the model needs them again."""
         videos = {name: video for of_class in classes.values() for name, video in of_class.items()}
-        names, batch_size = list(videos), batch_size or self._batch_size or 1
+        names = list(videos)
+        batch_size = self._batch_size or 1 if batch_size is None else batch_size
+        _check_whole_number("batch_size", batch_size)
         parts, kept = [], []
         with torch.no_grad(), self.device_placement():
             for start in range(0, len(names), batch_size):
@@ -315,6 +334,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
                 pixel_values = self.image_processor._pixel_values(batch)
                 labels = torch.zeros(1, len(batch), dtype=torch.int64, device=self.device)
                 parts.append(self.model.encode_support(self._to_model(pixel_values[None]), labels))
+                self._check_finite(parts[-1].features, ", ".join(batch))
                 check_same_size(parts[0], parts[-1])
                 if keep and self.model.has_cross_adapters:
                     kept.append(pixel_values)
@@ -322,6 +342,14 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
     def _to_model(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return pixel_values.to(self.device, self.model.dtype)
+
+    def _check_finite(self, computed: torch.Tensor, source: str):
+        if not computed.isfinite().all():
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the model gives NaN or infinity in {dtype} for {source}: load it in another dtype (float16 "
+                "overflows where bfloat16 does not), or check its weights"
+            )
 
     def query_model(self) -> DmgalQueryModel:
         """The model with the classes of now built in, to be compiled or exported: query videos in, logits out."""
@@ -334,7 +362,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         Writes the support set: `support.safetensors` and `support.json` with the labels, the threshold, the
         temperature, and id, revision and fingerprint of the model. The clips themselves are not in it.
         """
-        fitted, folder = self._current, Path(folder)
+        fitted = self._current
         about = {
             "format_version": SUPPORT_FORMAT,
             "labels": list(fitted.labels),
@@ -342,14 +370,12 @@ class FewShotVideoClassificationPipeline(Pipeline):
             "unknown_is_auto": fitted.auto,
             "temperature": self.temperature,
             "clip_digests": list(fitted.digests),
-            "model": model_id(self.model),
+            "model": kept_model_id(self.model),
             "revision": model_revision(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "fingerprint": fingerprint(self.model, self.image_processor),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        fitted.support.save(folder / SUPPORT_FILE)
-        (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_support(folder, fitted.support, about)
 
     def load(
         self, folder_or_id: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
@@ -370,19 +396,14 @@ class FewShotVideoClassificationPipeline(Pipeline):
         about, path = find_support(folder_or_id, revision, token)
         found = fingerprint(self.model, self.image_processor)
         if found != about["fingerprint"]:
-            made_with = (
-                f"{about['model'] or 'a model without a name'} (revision {about['revision']}, {about['dtype']})"
-            )
+            made_with = f"{about['model'] or UNNAMED_MODEL} (revision {about['revision']}, {about['dtype']})"
             raise ValueError(
                 f"the support set {os.fspath(folder_or_id)!r} was made with {made_with}, and this classifier has "
-                f"{model_id(self.model) or 'a model without a name'} (revision {model_revision(self.model)}, "
+                f"{kept_model_id(self.model) or UNNAMED_MODEL} (revision {model_revision(self.model)}, "
                 f"{str(self.model.dtype).removeprefix('torch.')}): weights, config or preprocessing differ, so the "
                 "kept features mean nothing here. Load that model, or fit again from the clips."
             )
-        try:
-            support = DmgalSupport.load(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): fit again from the clips, and save") from error
+        support = read_support(about, path)
         self._fitted = FittedSupport(
             labels=tuple(about["labels"]),
             support=support.to(self.device),
@@ -403,7 +424,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
     ) -> CommitInfo:
         """Uploads the support set (not the model) to a repository of its own, which is made if need be."""
         fitted, api = self._current, HfApi(token=token)
-        model, numbers = model_id(self.model), fitted.support.labels[0].tolist()
+        model, numbers = kept_model_id(self.model), fitted.support.labels[0].tolist()
         shots = {label: numbers.count(number) for number, label in enumerate(fitted.labels)}
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
@@ -427,17 +448,19 @@ class FewShotVideoClassificationPipeline(Pipeline):
         Args:
             folder_or_id (`str` or `os.PathLike`): as in [`load`], with `revision` and `token`.
             model (`str` or `PreTrainedModel`, *optional*): where the same model lies now, if it moved.
-            kwargs: for [`~transformers.pipeline`].
+            kwargs: for [`~transformers.pipeline`]; `dtype` is that of the support set if it is not given.
         """
         about, _ = find_support(folder_or_id, revision, token)
         if model is None:
             model = about["model"]
             if not model or (os.path.isabs(model) and not os.path.isdir(model)):
                 raise FileNotFoundError(
-                    f"the model of {os.fspath(folder_or_id)!r} was {model or 'never saved'}, which is not here: pass "
-                    "model= with its folder or id"
+                    f"the model of {os.fspath(folder_or_id)!r} was {model or UNNAMED_MODEL}, which is not here: pass "
+                    "model= with the model, its folder or its id"
                 )
             kwargs["revision"] = about["revision"]
+        if isinstance(model, (str, os.PathLike)):
+            kwargs.setdefault("dtype", about["dtype"])
         classifier = pipeline(TASK, model=model, token=token, pipeline_class=cls, **kwargs)
         return classifier.load(folder_or_id, revision, token)
 
@@ -481,27 +504,32 @@ class FewShotVideoClassificationPipeline(Pipeline):
         answers = super().__call__([_Named(name, video) for name, video in videos.items()], **kwargs)
         return answers[0] if list(videos) == ["videos"] else answers
 
-    def _sanitize_parameters(self, top_k: int | None = None, **unknown):
-        if unknown:
-            raise ValueError(f"unknown argument {next(iter(unknown))!r}; there are top_k, batch_size and num_workers")
-        if top_k is None:
-            return {}, {}, {}
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(f"top_k must be an integer of at least 1, got {top_k!r}")
-        return {}, {}, {"top_k": top_k}
+    def _sanitize_parameters(self, **parameters):
+        for name in parameters.keys() - {"top_k"}:
+            raise ValueError(f"unknown argument {name!r}; there are top_k, batch_size and num_workers")
+        if parameters.get("top_k") is not None:
+            _check_whole_number("top_k", parameters["top_k"])
+        return {}, {}, parameters  # top_k=None in a call takes back that of the pipeline
 
     def preprocess(self, input_: Any) -> dict[str, torch.Tensor]:
         named = input_ if isinstance(input_, _Named) else _Named("video", input_)
         return {"pixel_values": self.image_processor._pixel_values({named.name: named.video})}
 
-    def _forward(self, model_inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _forward(self, model_inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         pixel_values = self._to_model(model_inputs["pixel_values"])[None]  # (1, Q, T, 3, H, W)
-        return {"logits": self.model(query_pixel_values=pixel_values, support=self.support).logits[0]}
+        fitted = self._current
+        logits = self.model(query_pixel_values=pixel_values, support=fitted.support).logits[0]
+        # Answers may be asked for after the classes have changed. In an array, which is split by video as the logits.
+        return {"logits": logits, "fitted": np.full((len(logits), 1), fitted, dtype=object)}
 
-    def postprocess(self, model_outputs: dict[str, torch.Tensor], top_k: int | None = None) -> list[dict[str, Any]]:
-        logits, labels = model_outputs["logits"][0].double(), self.labels
-        if self.unknown is not None:
-            logits, labels = torch.cat([logits, logits.new_tensor([-self.unknown])]), [*labels, UNKNOWN]
+    def postprocess(self, model_outputs: dict[str, Any], top_k: int | None = None) -> list[dict[str, Any]]:
+        return self._answer(model_outputs["logits"][0], model_outputs["fitted"].item(), top_k)
+
+    def _answer(self, logits: torch.Tensor, fitted: FittedSupport, top_k: int | None) -> list[dict[str, Any]]:
+        self._check_finite(logits, "a video")
+        logits, labels = logits.double(), list(fitted.labels)
+        if fitted.unknown is not None:
+            logits, labels = torch.cat([logits, logits.new_tensor([-fitted.unknown])]), [*labels, UNKNOWN]
         scores = (logits / self.temperature).softmax(0)
         order = logits.argsort(descending=True, stable=True)[:top_k]
         return [{"label": labels[number], "score": float(scores[number])} for number in order.tolist()]
@@ -524,33 +552,34 @@ class FewShotVideoClassificationPipeline(Pipeline):
         Each frame is decoded once, and each that is taken is resized and goes through the backbone once, however many
         windows share it: give a stride that is a multiple of window / T. (With MGA adapters, which compare
         neighbouring frames, the backbone runs anew for every window.) Memory is that of `batch_size` windows, and
-        of as many more that a thread reads ahead of the model (but of a camera, a device or a URL).
+        of as many more that a thread reads ahead of the model, but not where frames may have to be waited for: of a
+        camera, a device, a pipe or a URL. Raw H.264 without time stamps is taken to have 25 frames a second. The
+        classes may change between two windows: those that are in the batch already are answered by the old ones.
 
         Args:
             video: path, URL, bytes, binary file object, `{"path", "bytes"}` dict, the number of a camera, or whatever
                 FFmpeg opens with `format`.
-            window (`float`): seconds.
-            stride (`float`): seconds from one window to the next.
+            window (`float`): seconds, at least 0.001.
+            stride (`float`): seconds from one window to the next, at least 0.001.
             format (`str`, *optional*): FFmpeg's name of the input format, for devices: "v4l2", "dshow", ...
             batch_size (`int`, *optional*):
                 Windows that go through the model together, which is faster and answers that much later. By default 8
-                for a file or bytes, whose frames wait for nobody, and 1 for a camera, a device or a URL.
+                for a file or bytes, whose frames wait for nobody, and 1 for a camera, a device, a pipe or a URL.
 
         Yields:
             [`StreamedLabel`] `(start, end, label, score)`.
 
         Raises:
-            ValueError: there are no classes yet, or `window`, `stride` or `batch_size` is not above 0.
-            VideoDecodeError: what does not open, holds no video or is damaged.
+            ValueError: there are no classes yet, or `window`, `stride` or `batch_size` is too small.
+            VideoDecodeError: what does not open, holds no video or is damaged; what came before is answered first.
         """
         self._current  # noqa: B018 - raises before fit
         for name, seconds in (("window", window), ("stride", stride)):
-            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
-                raise ValueError(f"{name} must be a number of seconds above 0, got {seconds!r}")
+            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 1e-3 <= seconds < math.inf:
+                raise ValueError(f"{name} must be a number of seconds, at least 0.001, got {seconds!r}")
         if batch_size is None:
             batch_size = 1 if is_live(video, format) else 8
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        _check_whole_number("batch_size", batch_size)
         window, stride = (Fraction(seconds).limit_denominator(10**6) for seconds in (window, stride))
         num_frames = self.image_processor.num_frames
         return self._stream(window_batches(video, format, window, stride, num_frames, batch_size, self._read_frame))
@@ -565,19 +594,20 @@ class FewShotVideoClassificationPipeline(Pipeline):
         return self.image_processor.normalize(clip)[0]
 
     def _label_windows(self, windows: list[Window]) -> Iterator[StreamedLabel]:
+        fitted = self._current
         with torch.no_grad(), self.device_placement():
             if self.model.frames_are_independent:
                 self._encode_frames(windows)
                 frames, starts = in_one_row(windows)
-                maps = torch.stack([frame.tensor for frame in frames]).movedim(-1, 1)
-                logits = self.model.score_windows(maps, torch.tensor(starts, device=maps.device), self.support)
+                maps = _stack_frames(frames).movedim(-1, 1)
+                logits = self.model.score_windows(maps, torch.tensor(starts, device=maps.device), fitted.support)
             else:
-                frames = torch.stack([frame.tensor for window in windows for frame in window.frames])
+                frames = _stack_frames([frame for window in windows for frame in window.frames])
                 videos = self._to_model(frames.unflatten(0, (len(windows), -1)))[None]
-                logits = self.model(query_pixel_values=videos, support=self.support).logits[0]
+                logits = self.model(query_pixel_values=videos, support=fitted.support).logits[0]
             logits = logits.cpu()
         for window, of_window in zip(windows, logits):
-            best = self.postprocess({"logits": of_window[None]}, top_k=1)[0]
+            best = self._answer(of_window, fitted, top_k=1)[0]
             yield StreamedLabel(float(window.start), float(window.end), best["label"], best["score"])
 
     def _encode_frames(self, windows: list[Window]):
@@ -586,10 +616,24 @@ class FewShotVideoClassificationPipeline(Pipeline):
         new = list({id(frame): frame for frame in frames}.values())
         for start in range(0, len(new), FRAMES_TOGETHER):
             part = new[start : start + FRAMES_TOGETHER]
-            maps = self.model.encode_frames(self._to_model(torch.stack([frame.tensor for frame in part])))
+            maps = self.model.encode_frames(self._to_model(_stack_frames(part)))
             for frame, frame_maps in zip(part, maps):
                 # As they lie in memory. Not a view: it would keep the others.
                 frame.tensor, frame.encoded = frame_maps.movedim(0, -1).clone(), True
+
+
+def _stack_frames(frames: list[Frame]) -> torch.Tensor:
+    sizes = {tuple(frame.tensor.shape) for frame in frames}
+    if len(sizes) > 1:
+        raise ValueError(
+            "the frames of the stream come out in different sizes: set do_center_crop=True of the processor"
+        )
+    return torch.stack([frame.tensor for frame in frames])
+
+
+def _check_whole_number(name: str, value: int):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 __all__ = ["FewShotVideoClassificationPipeline", "StreamedLabel"]

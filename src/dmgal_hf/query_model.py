@@ -56,4 +56,5 @@ class DmgalQueryModel(nn.Module):
         if self.num_support is not None:
             states["num_support"] = torch.tensor(self.num_support)
         support = DmgalSupport(self.features, self.labels, self.way, states)
-        return self.model(query_pixel_values=pixel_values[None], support=support).logits[0]
+        pixel_values = pixel_values.to(self.model.dtype)[None]
+        return self.model(query_pixel_values=pixel_values, support=support).logits[0]

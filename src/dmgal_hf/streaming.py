@@ -1,5 +1,6 @@
 """Long and endless videos: frames in the order they are shown, and the windows that share them."""
 
+import contextlib
 import io
 import os
 import re
@@ -16,7 +17,7 @@ import torch
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
-from .video_decoding import VideoDecodeError, _orientation, _oriented, _to_rgb
+from .video_decoding import VideoDecodeError, _orientation, _oriented, _to_rgb, check_whole
 
 URL = r"(https?|rtsps?|rtmps?|rtp|udp|tcp|srt)://"
 
@@ -61,9 +62,17 @@ class Picture:
 
 
 def is_live(video: Any, format: str | None) -> bool:
-    """Whether frames may come no faster than they are shown: from a camera, a device or the net."""
-    is_number = isinstance(video, int)
-    return format is not None or is_number or (isinstance(video, str) and re.match(URL, video) is not None)
+    """Whether frames may have to be waited for: from a camera, a device, a pipe or the net."""
+    if hasattr(video, "read"):
+        return not video.seekable()
+    if isinstance(video, (str, os.PathLike)):
+        path = os.fspath(video)
+        return (
+            format is not None
+            or re.match(URL, path) is not None
+            or (os.path.exists(path) and not os.path.isfile(path))
+        )
+    return format is not None or isinstance(video, int)
 
 
 def window_batches(
@@ -155,22 +164,25 @@ def read_ahead(windows: Generator[Window], number: int) -> Generator[Window]:
     The same windows, of which a thread makes up to `number` before they are asked for. Errors come in their turn. The
     thread ends with the iterator, and closes `windows`.
     """
-    end = object()
-    with ThreadPoolExecutor(1, "read_ahead") as thread:
-        coming = deque(thread.submit(next, windows, end) for _ in range(number))
-        try:
-            while (window := coming.popleft().result()) is not end:
-                coming.append(thread.submit(next, windows, end))
-                yield window
-        finally:
-            for future in coming:
-                future.cancel()
-            thread.submit(windows.close).result()
+    end, thread = object(), ThreadPoolExecutor(1, "read_ahead")
+    coming = deque(thread.submit(next, windows, end) for _ in range(number))
+    try:
+        while (window := coming.popleft().result()) is not end:
+            coming.append(thread.submit(next, windows, end))
+            yield window
+    finally:
+        thread.shutdown(cancel_futures=True)
+        windows.close()
 
 
 def decode_in_order(video: Any, format: str | None) -> Iterator[tuple[Fraction, Picture]]:
-    """All frames, each with the time it is shown until, in seconds after the first appeared."""
+    """
+    All frames, each with the time it is shown until, in seconds after the first appeared. Of a damaged file those up
+    to the damage, and then the error; what comes from a camera or the net may have gaps.
+    """
+    live = is_live(video, format)
     source, media, format = _stream_source(video, format)
+    truncated = None if live else _truncation(source, media)
     try:
         with av.open(media, format=format, metadata_errors="replace") as container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -179,7 +191,7 @@ def decode_in_order(video: Any, format: str | None) -> Iterator[tuple[Fraction, 
             usual = 1 / (streams[0].average_rate or Fraction(25))
             reformatter = VideoReformatter()
             first = time = picture = None
-            for frame in container.decode(streams[0]):
+            for frame in _decoded(container, streams[0], source, live):
                 stamp = None if frame.pts is None else frame.pts * frame.time_base
                 if picture is not None:
                     # Some old files have time stamps that run back, or none.
@@ -188,11 +200,39 @@ def decode_in_order(video: Any, format: str | None) -> Iterator[tuple[Fraction, 
                 else:
                     first, time = stamp or Fraction(0), Fraction(0)
                 picture = Picture(source, frame, reformatter)
+            if truncated is not None:
+                raise truncated
             if picture is None:
                 raise VideoDecodeError(source, "none of its packets decodes to a frame")
             yield time + usual, picture
     except (av.FFmpegError, OSError) as error:
-        raise VideoDecodeError(source, f"not a readable video ({error.strerror})") from error
+        remedy = ("Check that it is there, and free.",) if live else ()
+        raise truncated or VideoDecodeError(source, f"not a readable video ({error.strerror})", *remedy) from error
+
+
+def _decoded(container: Any, stream: av.VideoStream, source: str, live: bool) -> Iterator[av.VideoFrame]:
+    for packet in container.demux(stream):
+        frames = packet.decode()
+        if not live and (packet.is_corrupt or any(frame.is_corrupt for frame in frames)):
+            place = "" if packet.pts is None else f" near {float(packet.pts * packet.time_base):.2f} s"
+            raise VideoDecodeError(source, f"damaged{place}: a part of it does not decode")
+        yield from frames
+
+
+def _truncation(source: str, media: Any) -> VideoDecodeError | None:
+    """The error for a file that ends before its container says; FFmpeg takes it for a shorter one."""
+    begins = 0 if isinstance(media, str) else media.tell()
+    try:
+        with open(media, "rb") if isinstance(media, str) else contextlib.nullcontext(media) as file:
+            if begins == 0:
+                check_whole(source, file)
+    except VideoDecodeError as error:
+        return error
+    except OSError:  # av has the error for it
+        return None
+    finally:
+        if not isinstance(media, str):
+            media.seek(begins)
 
 
 def _stream_source(video: Any, format: str | None) -> tuple[str, Any, str | None]:
@@ -207,6 +247,8 @@ def _stream_source(video: Any, format: str | None) -> tuple[str, Any, str | None
         video = video.get("path") if video.get("bytes") is None else video["bytes"]
     if isinstance(video, (bytes, bytearray, memoryview)):
         return "<bytes>", io.BytesIO(video), format
+    if isinstance(video, io.TextIOBase):
+        raise VideoDecodeError(str(getattr(video, "name", "<text>")), "open for text", "Open the file in mode 'rb'.")
     if hasattr(video, "read"):
         return str(getattr(video, "name", "<file object>")), video, format
     if not isinstance(video, (str, os.PathLike)):
@@ -214,6 +256,8 @@ def _stream_source(video: Any, format: str | None) -> tuple[str, Any, str | None
             "<stream>", f"a stream cannot be a {type(video).__name__}", "Give a path, a URL or the number of a camera."
         )
     path = os.fspath(video)
+    if not path or "\0" in path:
+        raise VideoDecodeError(repr(path), "no file has such a name", "Give the path of a video.")
     # An absolute path cannot be taken for one of FFmpeg's protocols ("concat:...").
     is_name = format is not None or re.match(URL, path)
     return path, path if is_name else os.path.abspath(path), format

@@ -7,18 +7,21 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import extract_commit_hash
 
 from .configuration_dmgal import DmgalConfig
 from .modeling_dmgal import DmgalSupport
-from .video_processing_dmgal import DmgalVideoProcessor, DmgalVideoProcessorKwargs, _list_videos
+from .video_processing_dmgal import DmgalVideoProcessor, DmgalVideoProcessorKwargs, _list_videos, undecoded_column
 
 if TYPE_CHECKING:
     import datasets
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 UNKNOWN = "unknown"
 SUPPORT_FILE, ABOUT_FILE = "support.safetensors", "support.json"
 SUPPORT_FORMAT = 1
+UNNAMED_MODEL = "a model that was never saved or got adapters afterwards"
+
+_ABOUT_FIELDS = ("labels", "unknown", "unknown_is_auto", "temperature", "clip_digests", "model", "revision", "dtype",
+                 "fingerprint")  # fmt: skip
 
 # Fields of DmgalConfig that change no feature, or hold what each version of transformers writes differently.
 _NOT_IN_FINGERPRINT = {"attention_dropout", "backbone_config", "format_version", "position_dropout",
@@ -79,20 +86,12 @@ def _group_rows(dataset: "datasets.Dataset", video_column: str, label_column: st
             raise ValueError(f"the dataset has no column {name!r}; its columns are {dataset.column_names}")
     feature, classes = dataset.features[label_column], {}
     for row, (label, video) in enumerate(zip(dataset[label_column], undecoded_column(dataset[video_column]))):
-        if label is None:
-            raise ValueError(f"row {row} of the dataset has no {label_column}")
+        for name, value in ((label_column, label), (video_column, video)):
+            if value is None or (isinstance(value, float) and math.isnan(value)):
+                raise ValueError(f"row {row} of the dataset has no {name}")
         name = feature.int2str(label) if isinstance(feature, datasets.ClassLabel) else str(label)
         classes.setdefault(name, []).append(video)
     return classes
-
-
-def undecoded_column(column: "datasets.arrow_dataset.Column") -> "datasets.arrow_dataset.Column":
-    """A column of videos as {"path", "bytes"}, which the processor reads itself."""
-    import datasets
-
-    if not isinstance(column.features, datasets.Video) or not column.features.decode:
-        return column
-    return column.source.cast_column(column.column_name, datasets.Video(decode=False))[column.column_name]
 
 
 def clip_digests(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
@@ -105,10 +104,18 @@ def _digest(video: Any) -> str | None:
         video = video.get("path") if video.get("bytes") is None else video["bytes"]
     if isinstance(video, (str, os.PathLike)):
         path = os.fspath(video)
-        if not os.path.isfile(path):
-            return hashlib.sha256(path.encode()).hexdigest()
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if os.path.isfile(path):
+            return _file_digest(path)
+        return hashlib.sha256((os.path.realpath(path) if os.path.exists(path) else path).encode()).hexdigest()
     return hashlib.sha256(video).hexdigest() if isinstance(video, (bytes, bytearray, memoryview)) else None
+
+
+def _file_digest(path: str | os.PathLike) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def warn_of_repeats(classes: Mapping[str, Mapping[str, Any]], digests: Mapping[str, str | None], seen: dict[str, str]):
@@ -142,13 +149,23 @@ def check_same_size(first: DmgalSupport, other: DmgalSupport):
         )
 
 
-def check_unknown(distance: Any, labels: Any, reserve: bool | None = None):
+def check_unknown(distance: Any, labels: Any, reserve: bool | None = None) -> float | None:
     """`reserve`: whether the answer "unknown" is wanted, by default whether there is a distance."""
-    is_number = isinstance(distance, (int, float)) and not isinstance(distance, bool) and math.isfinite(distance)
-    if distance is not None and not is_number:
-        raise ValueError(f"`unknown` is {distance!r}; allowed are 'auto' (in fit), a distance, or None")
+    if distance is not None and not (_is_finite(distance) and distance >= 0):
+        raise ValueError(f"`unknown` is {distance!r}; allowed are 'auto' (in fit), a distance of 0 or more, or None")
     if UNKNOWN in labels and (distance is not None if reserve is None else reserve):
         raise ValueError(f"a class is called {UNKNOWN!r}, which the threshold on distances answers: rename the class")
+    return None if distance is None else float(distance)
+
+
+def check_temperature(value: Any) -> float:
+    if not (_is_finite(value) and value > 0):
+        raise ValueError(f"temperature must be a number above 0, got {value!r}")
+    return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # Models and kept support sets
@@ -175,6 +192,13 @@ def model_id(model: PreTrainedModel) -> str | None:
     return os.path.abspath(name) if name and os.path.isdir(name) else name or None
 
 
+def kept_model_id(model: PreTrainedModel) -> str | None:
+    """[`model_id`] if that checkpoint alone gives the model, None if adapters were put into it afterwards."""
+    # peft calls the model in itself by the name of the checkpoint; transformers' own load_adapter() marks the model.
+    changed = isinstance(model, PeftModel) or getattr(model.backbone, "_hf_peft_config_loaded", False)
+    return None if changed else model_id(model)
+
+
 def model_revision(model: PreTrainedModel) -> str | None:
     """Commit of the checkpoint on the Hub; transformers no longer keeps it, and then it is that of the cached main."""
     name = model_id(model)
@@ -195,6 +219,30 @@ def fingerprint(model: PreTrainedModel, processor: DmgalVideoProcessor) -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def write_support(folder: str | os.PathLike, support: DmgalSupport, about: dict[str, Any]):
+    """Both files of a kept support set. The second names the first by its hash, so they cannot be mixed up."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    support.save(folder / SUPPORT_FILE)
+    about = about | {"tensors": _file_digest(folder / SUPPORT_FILE)}
+    (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_support(about: dict[str, Any], path: Path) -> DmgalSupport:
+    """The tensors that `about` describes. Raises `ValueError` if they are damaged, or those of another support set."""
+    try:
+        support = DmgalSupport.load(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): fit again from the clips, and save") from error
+    facts = (support.way, support.features.shape[1], about.get("tensors", _file_digest(path)))
+    if facts != (len(about["labels"]), len(about["clip_digests"]), _file_digest(path)):
+        raise ValueError(
+            f"{path} and the {ABOUT_FILE} beside it are not of one support set: copy both files of a folder that "
+            "save() wrote, or fit again from the clips"
+        )
+    return support
 
 
 def find_support(
@@ -219,11 +267,15 @@ def find_support(
         fields = json.loads(about.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{about} is damaged ({error}): fit again from the clips, and save") from error
-    if fields.get("format_version") != SUPPORT_FORMAT:
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if version != SUPPORT_FORMAT:
         raise ValueError(
-            f"{about} has format version {fields.get('format_version')!r}; this release of dmgal_hf reads "
-            f"{SUPPORT_FORMAT}. Update it with `pip install -U dmgal-hf`, or fit again."
+            f"{about} has format version {version!r}; this release of dmgal_hf reads {SUPPORT_FORMAT}. Update it with "
+            "`pip install -U dmgal-hf`, or fit again."
         )
+    missing = [name for name in _ABOUT_FIELDS if name not in fields]
+    if missing:
+        raise ValueError(f"{about} is damaged (no {missing[0]!r}): fit again from the clips, and save")
     return fields, tensors
 
 

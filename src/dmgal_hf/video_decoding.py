@@ -136,7 +136,7 @@ def _open(video: Any) -> "_Stream | FrameFiles":
         with open(media, "rb") if isinstance(media, str) else io.BytesIO(media) as file:
             if file.read(4) == LOCAL_HEADER:
                 return ZippedFrames(source, media)
-            _check_whole(source, file)
+            check_whole(source, file)
     except (OSError, zipfile.BadZipFile) as error:
         raise VideoDecodeError(source, f"cannot be opened ({error})", "Check the path and its permissions.") from error
     return _Stream(source, media)
@@ -151,6 +151,8 @@ def _resolve(video: Any) -> tuple[str, str | bytes]:
         return _resolve(path) if data is None else (str(path or "<bytes>"), data)
     if isinstance(video, str | os.PathLike):
         path = os.fspath(video)
+        if not path or "\0" in path:
+            raise VideoDecodeError(repr(path), "no file has such a name", "Give the path of a video.")
         # an absolute path cannot be taken for one of FFmpeg's protocols ("concat:...")
         return (path, _download(path)) if re.match("https?://", path) else (path, os.path.abspath(path))
     if hasattr(video, "read"):
@@ -178,7 +180,7 @@ def _download(url: str) -> bytes:
     return response.content
 
 
-def _check_whole(source: str, file: io.BufferedIOBase) -> None:
+def check_whole(source: str, file: io.BufferedIOBase) -> None:
     """Raise for a file that ends before its container says: FFmpeg reads such a one as a shorter clip."""
     size = file.seek(0, os.SEEK_END)
     if size == 0:

@@ -1,6 +1,7 @@
 """From videos of any kind to the pixel values that the model takes."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from .extracted_frames import picture_to_rgb
 from .video_decoding import VideoDecodeError, read_frames, segment_indices
 
 # PIL's numbers, which every preprocessor_config.json of the Hub uses.
@@ -263,7 +265,7 @@ class DmgalVideoProcessor(BaseImageProcessor):
         Prepares one or several videos.
 
         One video is a path, URL, bytes, file object, `{"path", "bytes"}` dict, folder or zip of JPEG frames, an array
-        or tensor of frames, or a list of PIL images or of single frames (arrays of two or three dimensions). So a list
+        or tensor of frames, or a list of PIL images or of single frames (arrays (H, W, 3) or (3, H, W)). So a list
         of pictures is *one* video, and any other list, of paths for example, is one video an element: for single
         frames in files give their folder. An array or tensor of five dimensions is several videos too.
 
@@ -408,8 +410,18 @@ def _is_picture(value: Any) -> bool:
     return isinstance(value, Image.Image) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim in (2, 3))
 
 
+def undecoded_column(column: Any) -> Any:
+    """A column of a `datasets.Dataset`; videos in it become {"path", "bytes"}, which the processor reads itself."""
+    datasets = sys.modules["datasets"]  # no import: this file also works where it is not installed
+    if not isinstance(column.features, datasets.Video) or not column.features.decode:
+        return column
+    return column.source.cast_column(column.column_name, datasets.Video(decode=False))[column.column_name]
+
+
 def _list_videos(videos: Any, name: str) -> dict[str, Any]:
     """One video or several -> each by the name that errors call it."""
+    if "datasets" in sys.modules and isinstance(videos, sys.modules["datasets"].arrow_dataset.Column):
+        videos = list(undecoded_column(videos))
     if isinstance(videos, (np.ndarray, torch.Tensor)) and videos.ndim == 5:
         videos = list(videos)
     if not _is_list(videos):
@@ -442,7 +454,7 @@ def _pictures_to_clip(pictures: Sequence[Any], num_frames: int, name: str) -> to
                 raise ValueError(
                     f"frame {number} of {name} has PIL mode {picture.mode!r}: convert it to 8 bits a channel"
                 )
-            picture = np.asarray(picture.convert("RGB"))
+            picture = picture_to_rgb(picture)
         frames.append(picture)
     if len({tuple(frame.shape) for frame in frames}) > 1:
         shapes = sorted({tuple(frame.shape) for frame in frames})

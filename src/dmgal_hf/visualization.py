@@ -222,7 +222,8 @@ def plot_episode(
         the matches, the frame of the support as x).
 
     Raises:
-        ValueError: a number is out of range, the episode lacks a tensor or is not one, or `kept_support` is of others.
+        ValueError: a number is out of range, the episode lacks a tensor or is not one, or `kept_support` has other
+            labels.
     """
     temperature = model.config.score_temperature if temperature is None else temperature
     if not temperature > 0:
