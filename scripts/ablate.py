@@ -17,9 +17,9 @@ import yaml
 from accelerate import PartialState
 
 from dmgal_hf.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
-from dmgal_hf.checkpoints import list_checkpoints
+from dmgal_hf.checkpoints import FREE_FIELDS, differing_fields, list_checkpoints
 from dmgal_hf.configuration_mga import MgaConfig
-from dmgal_hf.training import train
+from dmgal_hf.training import run_fields, train
 
 # What differs from the config, by the name of the variant: fields of ModelArguments.
 FT_VARIANTS = {
@@ -114,10 +114,14 @@ def change_model(model: ModelArguments, changes: dict[str, Any]) -> ModelArgumen
 def run_variant(data: DataArguments, model: ModelArguments, arguments: TrainArguments) -> dict[str, Any]:
     """The metrics of a run, trained now or before."""
     output_dir = Path(arguments.output_dir)
-    finished = output_dir / "metrics.json"
-    if not finished.exists():
+    metrics = output_dir / "metrics.json"
+    if not metrics.exists() or "test" not in json.loads(metrics.read_text()):
         train(data, model, replace(arguments, resume=bool(list_checkpoints(output_dir))))
-    return json.loads(finished.read_text())
+    before = yaml.safe_load((output_dir / "config.yaml").read_text())
+    differing = differing_fields(before, run_fields(data, model, arguments), FREE_FIELDS - {"test_episodes"})
+    if differing:
+        raise ValueError(f"{output_dir} holds another run: {'; '.join(differing)}. Give another output_dir.")
+    return json.loads(metrics.read_text())
 
 
 def format_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
@@ -131,7 +135,7 @@ def format_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> 
     for name, runs in results.items():
         tests = [run["test"] for run in runs]
         accuracy = sum(test["accuracy"] for test in tests) / len(tests)
-        interval = math.hypot(*(test["confidence_interval"] for test in tests)) / len(tests)
+        interval = math.hypot(*(test["confidence_interval"] or math.nan for test in tests)) / len(tests)
         cells = [name, f"{runs[0]['training']['trainable_parameters']:,}", f"{accuracy:.1f} ± {interval:.1f}"]
         cells += [", ".join(f"{test['accuracy']:.1f}" for test in tests)] if by_seed else []
         lines.append(f"| {' | '.join([*cells, str(sum(test['num_episodes'] for test in tests))])} |")

@@ -2,12 +2,16 @@
 
 import argparse
 import difflib
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import CONFIG_MAPPING, HfArgumentParser
 
 from .data.splits import BENCHMARKS
 
@@ -75,9 +79,16 @@ class ModelArguments:
     def __post_init__(self):
         for name in ("backbone_config", "adapter_config"):
             if isinstance(getattr(self, name), str):
-                setattr(self, name, yaml.safe_load(getattr(self, name)))
+                try:
+                    setattr(self, name, yaml.safe_load(getattr(self, name)))
+                except yaml.YAMLError as error:
+                    raise ValueError(f"{name}={getattr(self, name)!r} is no YAML or JSON ({error})") from error
         if self.backbone is not None and self.backbone_config is not None:
             raise ValueError("give backbone (pretrained) or backbone_config (random weights), not both")
+        if self.backbone is not None and Path(self.backbone).is_dir():
+            self.backbone = os.path.abspath(self.backbone)  # relative, it could be taken for a repository later
+        if isinstance(self.backbone_config, dict):
+            _check_backbone_config(self.backbone_config)
 
     def config_fields(self) -> dict[str, Any]:
         """Fields for [`DmgalConfig`], without the backbone."""
@@ -144,6 +155,10 @@ class TrainArguments:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.test_episodes < 0:
+            raise ValueError(f"test_episodes must be at least 0, got {self.test_episodes}.")
+        if self.lr_scheduler == "reduce_lr_on_plateau":
+            raise ValueError("lr_scheduler reduce_lr_on_plateau needs a validation every step: choose another.")
         if self.num_episodes % self.episodes_per_step:
             raise ValueError(
                 f"num_episodes must be a multiple of episodes_per_step={self.episodes_per_step}, "
@@ -181,6 +196,21 @@ class EvaluateArguments:
         _check_precision(self.mixed_precision)
 
 
+def _check_backbone_config(config: dict[str, Any]):
+    """A mistyped key would go into the config of the backbone unread."""
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"backbone_config has model_type {config.get('model_type')!r}, which transformers does not know: give "
+            "that of a vision model, for example resnet."
+        )
+    known = [*CONFIG_MAPPING[config["model_type"]]().to_dict(), *CONFIG_MAPPING[config["model_type"]].attribute_map]
+    for name in config:
+        if name not in known:
+            raise ValueError(
+                f"backbone_config has the unknown field {name!r} for {config['model_type']!r}.{_nearest(name, known)}"
+            )
+
+
 def _check_precision(mixed_precision: str):
     if mixed_precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"mixed_precision must be no, fp16 or bf16, got {mixed_precision!r}.")
@@ -207,18 +237,43 @@ def parse_arguments(
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", default=default_config)
     config = finder.parse_known_args(argv)[0].config
-    known = [field.name for group in classes for field in fields(group) if field.init]
+    # Not the types of the fields themselves, which HfArgumentParser changes.
+    hints = [get_type_hints(group) for group in classes]
+    known = {
+        field.name: types[field.name] for group, types in zip(classes, hints) for field in fields(group) if field.init
+    }
+    for action in parser._actions:
+        if type(None) in get_args(known.get(action.dest)) and action.type is not None:
+            action.type = partial(_none_or, action.type)
+        if action.nargs == "+":
+            action.nargs = "*"
     if config is not None:
         values = _read_yaml(Path(config))
-        for name in values:
+        for name, value in values.items():
             if name not in known:
-                raise ValueError(f"{config} has the unknown field {name!r}.{_nearest(name, known)}")
+                raise ValueError(f"{config} has the unknown field {name!r}.{_nearest(str(name), known)}")
+            if not _fits(value, known[name]):
+                kind = getattr(known[name], "__name__", known[name])
+                raise ValueError(f"{config} has {name}={value!r}, which must be {kind}.")
         parser.set_defaults(**values)
     *instances, _, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest:
         name = rest[0].lstrip("-").split("=")[0]
         raise ValueError(f"unknown option {rest[0]!r}.{_nearest(name, [*known, 'config'])}")
     return tuple(instances)
+
+
+def _none_or(kind: Callable[[str], Any], text: str) -> Any:
+    """`null` on the command line unsets what a config file has set."""
+    return None if text == "null" else kind(text)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from YAML is of the type of its field; text is for argparse to convert."""
+    kinds = [get_origin(one) or one for one in (get_args(kind) if isinstance(kind, UnionType) else (kind,))]
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (str, *kinds)) or (isinstance(value, int) and float in kinds)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -230,6 +285,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Known fields: {', '.join(sorted(known))}."

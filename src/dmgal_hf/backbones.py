@@ -13,11 +13,16 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrained
 from .configuration_mga import MgaConfig, read_adapter_config
 from .modeling_mga import MgaModel
 
+# Backbones whose final norm sees the pooled output alone, not the feature maps.
+_NORM_AFTER_POOLING = {"convnext", "convnextv2"}
+
 
 def _backbone_class(backbone_config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dict]:
     """The model class and the arguments that leave out a pooling head: its weights would never get a gradient."""
     if type(backbone_config) not in MODEL_MAPPING:
         raise ValueError(f"transformers has no model for a backbone_config of type {backbone_config.model_type!r}.")
+    if MODEL_MAPPING[type(backbone_config)].main_input_name != "pixel_values":
+        raise ValueError(f"backbone_config is of type {backbone_config.model_type!r}, no model of pictures.")
     if hasattr(backbone_config, "vision_use_head"):
         backbone_config.vision_use_head = False
     model_class = MODEL_MAPPING[type(backbone_config)]
@@ -36,7 +41,18 @@ def load_backbone(name_or_path: str | os.PathLike) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name_or_path)
     config = getattr(config, "vision_config", config)
     model_class, kwargs = _backbone_class(config)
-    return model_class.from_pretrained(name_or_path, config=config, **kwargs)
+    # Also where it was stored in half precision: what is built around it is not, and adapters train badly so.
+    return model_class.from_pretrained(name_or_path, config=config, dtype=torch.float32, **kwargs)
+
+
+def freeze_unread(backbone: PreTrainedModel):
+    """Freezes what the last feature maps do not depend on: torch's DDP waits for gradients, and none come there."""
+    unread = ("pooler.", "head.")
+    if backbone.config.model_type in _NORM_AFTER_POOLING:
+        unread += ("layernorm.",)
+    for name, parameter in backbone.named_parameters():
+        if name.startswith(unread) or name.endswith("mask_token"):
+            parameter.requires_grad_(False)
 
 
 def add_adapters(backbone: PreTrainedModel, adapter_config: dict[str, Any]) -> dict[str, Any]:

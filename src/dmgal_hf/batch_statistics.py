@@ -10,6 +10,7 @@ class BatchStatistics:
     """
     Every process sees its own episodes, so its batch norms gather statistics of their own. Averaged once a step they
     hold all episodes, every process validates the same model, and no broadcast before every forward pass is needed.
+    As each of N processes then makes one of N updates, an update weighs as much as N of one process.
 
     Args:
         model (`nn.Module`): as prepared by accelerate.
@@ -19,6 +20,8 @@ class BatchStatistics:
     def __init__(self, model: nn.Module, accelerator: Accelerator):
         self.accelerator = accelerator
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+        for norm in norms:
+            norm.momentum = 1 - (1 - norm.momentum) ** accelerator.num_processes
         self.buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
         self.kept = self._flat()
 

@@ -19,8 +19,8 @@ PROGRESS_FILE = "progress.json"
 
 # What may differ between a run and its continuation: it changes neither the episodes nor the updates.
 FREE_FIELDS = {
-    "output_dir", "resume", "num_workers", "cache_dir", "videos", "splits", "checkpoint_every", "keep_checkpoints",
-    "cpu_threads", "report_to", "test_episodes", "max_bad_steps", "max_broken",
+    "output_dir", "resume", "num_workers", "cache_dir", "videos", "splits", "prepared", "checkpoint_every",
+    "keep_checkpoints", "cpu_threads", "report_to", "test_episodes", "max_bad_steps", "max_broken",
 }  # fmt: skip
 
 
@@ -142,12 +142,7 @@ def load_checkpoint(accelerator: Accelerator, output_dir: Path, arguments: dict[
             old.rename(best)
     if progress.best_accuracy >= 0 and not best.is_dir():
         raise FileNotFoundError(f"{best} is missing, the best model of this run: put it back, or train anew.")
-    here = json.loads(json.dumps(arguments))
-    differing = [
-        f"{name} was {progress.arguments.get(name)!r} and is {here.get(name)!r}"
-        for name in sorted(progress.arguments.keys() | here.keys())
-        if name not in FREE_FIELDS and progress.arguments.get(name) != here.get(name)
-    ]
+    differing = differing_fields(progress.arguments, arguments, FREE_FIELDS)
     if differing:
         raise ValueError(f"{folder} belongs to another run: {'; '.join(differing)}. Restore these or train anew.")
     try:
@@ -156,7 +151,19 @@ def load_checkpoint(accelerator: Accelerator, output_dir: Path, arguments: dict[
         raise FileNotFoundError(
             f"{folder} is not complete ({error}): remove that folder to resume from an older state"
         ) from error
+    # States are of whole steps, and a step may now have other numbers of forward passes, with as many processes.
+    accelerator.step = 0
     return progress
+
+
+def differing_fields(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> list[str]:
+    """What an error says of the arguments, but for the `free` ones, in which two runs differ."""
+    now = json.loads(json.dumps(now))
+    return [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if name not in free and before.get(name) != now.get(name)
+    ]
 
 
 class StopSignal:

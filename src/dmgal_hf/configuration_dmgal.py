@@ -32,7 +32,8 @@ class DmgalConfig(PreTrainedConfig):
 
     Args:
         backbone_config (`dict` or `PreTrainedConfig`, *optional*, defaults to ResNet-50):
-            Any transformers vision configuration: ResNet, ViT, CLIP vision, DINOv2, DINOv3, SigLIP vision, ...
+            Config of a transformers vision model that ends in a feature map or in a token a patch: ResNet, ConvNeXt,
+            ViT, CLIP vision, DINOv2, DINOv3, SigLIP vision, ...
         paradigm (`str`, *optional*, defaults to `"ft"`):
             `"ft"` (DMGAL-FT: S-MGA, mixer and C-MGA on top of a backbone, all weights train) or `"adapter"`
             (DMGAL-Adapter: a frozen ViT with Smga- and Cmga-Adapters inside).

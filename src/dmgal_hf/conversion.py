@@ -92,6 +92,8 @@ def convert_official_checkpoint(checkpoint: str | os.PathLike) -> DmgalModel:
              if state[theirs].shape != target[ours].shape]  # fmt: skip
     if wrong:
         raise ValueError(f"{checkpoint}: shapes that fit no ResNet of its kind: {_shorten(wrong)}.")
+    scale = _position_scale(state[_POSITION_CODE])
+    model.config.position_scale = model.self_attention.position_scale = scale
     model.load_state_dict({ours: state[theirs] for theirs, ours in names.items()})
     return model
 
@@ -106,7 +108,16 @@ def official_state_dict(model: DmgalModel) -> dict[str, torch.Tensor]:
     config = model.config
     complete = config.self_motion_attention and config.mixer and config.cross_motion_attention
     default = config.motion_directions == "both" and config.motion_scales == ["half", "full"]
-    if config.backbone_config.model_type != "resnet" or config.paradigm != "ft" or not (complete and default):
+    resnet = config.backbone_config
+    usual = ResNetConfig()
+    if resnet.model_type == "resnet":
+        for name in ("hidden_act", "downsample_in_first_stage", "downsample_in_bottleneck", "num_channels"):
+            if getattr(resnet, name) != getattr(usual, name):
+                raise ValueError(
+                    f"The authors' ResNet has {name}={getattr(usual, name)!r}, this one {getattr(resnet, name)!r}: "
+                    "their code would compute something else."
+                )
+    if resnet.model_type != "resnet" or config.paradigm != "ft" or not (complete and default):
         raise ValueError(
             "Only a complete DMGAL-FT model on a ResNet exists in the authors' code; this one has backbone "
             f"{config.backbone_config.model_type!r}, paradigm {config.paradigm!r}, self_motion_attention="
@@ -140,6 +151,13 @@ def _detect_config(state: dict[str, torch.Tensor], checkpoint) -> DmgalConfig:
     reduction = resnet.hidden_sizes[-1] // state["Motion_Excitation.conv1.weight"].shape[0]
     num_frames = state["mlp_mix1.fc_t1.weight"].shape[0]
     return DmgalConfig(backbone_config=resnet, num_frames=num_frames, motion_reduction=reduction)
+
+
+def _position_scale(code: torch.Tensor) -> float:
+    """The scale of a stored position code, if it is one; else that of the authors' code, which computes its own."""
+    plain = sinusoidal_position_code(code.shape[-2], code.shape[-1])[None]
+    scale = round(float((code * plain).sum() / plain.square().sum()), 6)
+    return scale if torch.allclose(code, scale * plain, atol=1e-4) else DmgalConfig.position_scale
 
 
 def _check_keys(state: dict[str, torch.Tensor], expected, checkpoint):

@@ -1,6 +1,8 @@
 """Few-shot evaluation: accuracy over a list of episodes, sharded over processes."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +99,9 @@ def summarize(rows: np.ndarray, class_names: list[str], episodes: Dataset) -> di
 
     Returns:
         `dict` with `accuracy`, the mean over the episodes, and `confidence_interval`, half the width of its 95 %
-        interval (1.96 standard errors), both in percent; `num_episodes`, `num_queries`, `episodes_id`;
-        `per_class`, accuracy in percent by class name; `confusion`, true class -> predicted class -> queries.
+        interval (1.96 standard errors; None of a single episode), both in percent; `num_episodes`, `num_queries`,
+        `episodes_id`; `per_class`, accuracy in percent by class name; `confusion`, true class -> predicted class ->
+        queries.
     """
     rows = rows[rows[:, 0] >= 0]
     num_queries = np.array([len(query) for query in episodes["query"]])
@@ -109,7 +112,7 @@ def summarize(rows: np.ndarray, class_names: list[str], episodes: Dataset) -> di
     rows = rows[position < num_queries[rows[:, 0]]]
     correct = rows[:, 1] == rows[:, 2]
     accuracy = np.bincount(rows[:, 0], correct) / np.bincount(rows[:, 0])
-    spread = accuracy.std(ddof=1) / np.sqrt(len(accuracy)) if len(accuracy) > 1 else float("nan")
+    interval = 196 * float(accuracy.std(ddof=1) / np.sqrt(len(accuracy))) if len(accuracy) > 1 else None
     true, predicted = rows[:, 1], rows[:, 2]
     confusion = {
         class_names[c]: {
@@ -119,7 +122,7 @@ def summarize(rows: np.ndarray, class_names: list[str], episodes: Dataset) -> di
     }
     return {
         "accuracy": 100 * float(accuracy.mean()),
-        "confidence_interval": 196 * float(spread),
+        "confidence_interval": interval,
         "num_episodes": len(accuracy),
         "num_queries": len(rows),
         "episodes_id": episodes_id(episodes),
@@ -138,9 +141,15 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
     Raises:
         ValueError: the split does not exist, or the episodes do not fit the data.
     """
+    for name in ("resize", "crop_size", "image_mean", "image_std"):
+        if getattr(data, name) != getattr(DataArguments, name):
+            raise ValueError(f"{name}: frames are read as the processor of the model says, leave the option out.")
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    processor = DmgalVideoProcessor.from_pretrained(arguments.model)
+    if arguments.json is not None:
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
     with accelerator.local_main_process_first():
-        splits = load_videos(data)
+        splits = load_videos(replace(data, resize=min(processor.size.values())))
     if arguments.split not in splits:
         raise ValueError(f"the dataset has no split {arguments.split!r}; it has {', '.join(splits)}.")
     videos = splits[arguments.split]
@@ -150,7 +159,6 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
     else:
         model = DmgalModel.from_backbone(arguments.model, paradigm="adapter").eval()
     model.to(accelerator.device)
-    processor = DmgalVideoProcessor.from_pretrained(arguments.model)
     if arguments.episodes is not None:
         lists = [({"episodes": arguments.episodes}, load_episodes(arguments.episodes, labels))]
     else:
@@ -169,10 +177,28 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
         )
         results.append({"model": arguments.model, "split": arguments.split, **description, **metrics})
         accelerator.print(
-            f"{', '.join(f'{name} {value}' for name, value in description.items())}: {metrics['accuracy']:.2f} ± "
-            f"{metrics['confidence_interval']:.2f} % over {metrics['num_episodes']} episodes of {arguments.split} "
-            f"({metrics['episodes_id']})"
+            f"{', '.join(f'{name} {value}' for name, value in description.items())}: {format_accuracy(metrics, 2)} "
+            f"over {metrics['num_episodes']} episodes of {arguments.split} ({metrics['episodes_id']})"
         )
     if arguments.json is not None and accelerator.is_main_process:
-        Path(arguments.json).write_text(json.dumps(results, indent=2))
+        Path(arguments.json).write_text(to_json(results))
     return results
+
+
+def format_accuracy(metrics: dict[str, Any], digits: int) -> str:
+    """Accuracy with its interval, in percent."""
+    interval = metrics["confidence_interval"]
+    return f"{metrics['accuracy']:.{digits}f}" + (" %" if interval is None else f" ± {interval:.{digits}f} %")
+
+
+def to_json(content: Any) -> str:
+    """JSON, which has no NaN or infinity: they become null."""
+
+    def clean(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: clean(value) for name, value in part.items()}
+        if isinstance(part, list):
+            return [clean(value) for value in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(clean(content), indent=2, allow_nan=False)

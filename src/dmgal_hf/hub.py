@@ -1,7 +1,6 @@
 """Checkpoints and datasets on the Hugging Face Hub: what is uploaded, and cards written from what was measured."""
 
 import json
-import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -245,7 +244,7 @@ def _eval_result(test: dict[str, Any], dataset: str | None, source: VideoSource 
         metric_name="Accuracy in percent, mean over the episodes",
         metric_value=round(test["accuracy"], 2),
         # One episode alone has no interval.
-        metric_args={"confidence_interval_95": round(interval, 2)} if math.isfinite(interval) else None,
+        metric_args={"confidence_interval_95": round(interval, 2)} if interval is not None else None,
     )
 
 

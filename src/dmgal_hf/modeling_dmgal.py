@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .alignment import class_logits
-from .backbones import add_adapters, build_backbone, load_backbone, train_adapters
+from .backbones import add_adapters, build_backbone, freeze_unread, load_backbone, train_adapters
 from .configuration_dmgal import DmgalConfig
 from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer
 from .motion_adapters import SupportCache
@@ -189,6 +189,10 @@ class DmgalModel(DmgalPreTrainedModel):
     def __init__(self, config: DmgalConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
+        if backbone is not None:
+            for module in backbone.modules():
+                module._is_hf_initialized = True  # what is in it, also adapters, is not drawn anew by post_init()
+        freeze_unread(self.backbone)
         if config.frame_pooling == "cls" and not CLASS_TOKENS.get(config.backbone_config.model_type):
             raise ValueError(
                 f"frame_pooling='cls' needs a backbone with a class token, and {config.backbone_config.model_type!r} "
@@ -255,6 +259,9 @@ class DmgalModel(DmgalPreTrainedModel):
         config = DmgalConfig(backbone_config=backbone.config, **kwargs)
         config._attn_implementation = attn_implementation  # a new config has none, and none for its parts
         model = cls(config, backbone=backbone)
+        for name, part in model.named_children():
+            if name != "backbone":
+                part.to(backbone.dtype)
         model.name_or_path = backbone.name_or_path  # what peft notes as the base model of an adapter
         return model
 
@@ -540,6 +547,11 @@ class DmgalModel(DmgalPreTrainedModel):
         if self.config.frame_pooling == "cls":
             return hidden_states[:, 0, :, None, None]
         num_prefix_tokens = hidden_states.shape[1] - grid[0] * grid[1]
+        if num_prefix_tokens < 0:
+            raise ValueError(
+                f"the backbone {config.model_type!r} returns {hidden_states.shape[1]} tokens for {grid[0]} x "
+                f"{grid[1]} patches: choose one that keeps a token a patch (ViT, CLIP, DINOv2, SigLIP), or a ResNet."
+            )
         return hidden_states[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid)
 
     def _check_videos(self, name: str, pixel_values: torch.Tensor):

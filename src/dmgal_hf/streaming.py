@@ -164,14 +164,15 @@ def read_ahead(windows: Generator[Window], number: int) -> Generator[Window]:
     The same windows, of which a thread makes up to `number` before they are asked for. Errors come in their turn. The
     thread ends with the iterator, and closes `windows`.
     """
-    end, thread = object(), ThreadPoolExecutor(1, "read_ahead")
+    end, thread, is_finalizing = object(), ThreadPoolExecutor(1, "read_ahead"), sys.is_finalizing
     coming = deque(thread.submit(next, windows, end) for _ in range(number))
     try:
         while (window := coming.popleft().result()) is not end:
             coming.append(thread.submit(next, windows, end))
             yield window
     finally:
-        thread.shutdown(cancel_futures=True)
+        if not is_finalizing():  # else the interpreter has ended the thread, and most of what this would need
+            thread.shutdown(cancel_futures=True)
         windows.close()
 
 

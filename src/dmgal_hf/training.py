@@ -1,10 +1,12 @@
 """Episodic training of DMGAL with Accelerate: what scripts/train.py runs."""
 
+import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,8 @@ from .checkpoints import (
 from .configuration_dmgal import DmgalConfig
 from .data import ClipAugmentation, EpisodeSource, EpisodeVideos, collate_episodes, sample_episodes, seed_from
 from .data.loading import load_videos
-from .evaluation import evaluate_episodes
+from .data.preparation import prepared_source
+from .evaluation import evaluate_episodes, format_accuracy, to_json
 from .hub import render_model_card
 from .modeling_dmgal import DmgalModel, DmgalOutput
 from .video_processing_dmgal import DmgalVideoProcessor
@@ -152,9 +155,9 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
             f"{output_dir} holds the states of an earlier run: go on with --resume, give another output_dir, or "
             "remove that folder."
         )
-    fields = {**asdict(data), **asdict(model), **asdict(arguments)}
     with accelerator.local_main_process_first():
         videos = load_videos(data)
+    fields = run_fields(data, model, arguments)
     for split in ("train", "validation", *(["test"] if arguments.test_episodes else [])):
         if split not in videos:
             raise ValueError(
@@ -176,6 +179,12 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
     del run
     accelerator.free_memory()
     return metrics
+
+
+def run_fields(data: DataArguments, model: ModelArguments, arguments: TrainArguments) -> dict[str, Any]:
+    """All arguments of a run in one mapping, as config.yaml has them; the dataset is what a prepared folder is of."""
+    fields = {**asdict(data), **asdict(model), **asdict(arguments)}
+    return fields | (prepared_source(data.prepared) if data.prepared is not None else {})
 
 
 def build_accelerator(arguments: TrainArguments) -> Accelerator:
@@ -243,18 +252,24 @@ class TrainingRun:
         self.accelerator, self.arguments, self.videos = accelerator, arguments, videos
         self.output_dir = Path(arguments.output_dir)
         self.num_workers = data.num_workers
-        self.episodes = EpisodeSource(
-            videos["train"]["label"], arguments.way, arguments.shot, arguments.query, arguments.seed,
-            videos["train"].features["label"].names,
-        )  # fmt: skip
+        with _naming("train"):
+            self.episodes = EpisodeSource(
+                videos["train"]["label"], arguments.way, arguments.shot, arguments.query, arguments.seed,
+                videos["train"].features["label"].names,
+            )  # fmt: skip
         self.validation = self._episode_list("validation", arguments.validation_episodes)
+        # Drawn now: what does not fit is to be known before hours of training.
+        self.test = self._episode_list("test", arguments.test_episodes) if arguments.test_episodes else None
         set_seed(arguments.seed)
         network, self.processor = build_model(model, data)
+        if arguments.gradient_checkpointing and not network.supports_gradient_checkpointing:
+            kind = network.config.backbone_config.model_type
+            raise ValueError(f"gradient_checkpointing: the backbone {kind!r} has none in transformers, leave it out.")
         if arguments.gradient_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
         self.network = network
         self.num_trainable = sum(one.numel() for one in network.parameters() if one.requires_grad)
-        self.progress = Progress(arguments=fields)
+        self.progress = Progress(arguments=fields | {"labelled_videos": _describe_labels(videos)})
         if self.num_trainable:
             self._prepare_training()
         else:
@@ -282,10 +297,11 @@ class TrainingRun:
 
     def _episode_list(self, split: str, number: int) -> Dataset:
         labels = self.videos[split].features["label"]
-        return sample_episodes(
-            self.videos[split]["label"], self.arguments.way, self.arguments.shot, self.arguments.test_query, number,
-            self.arguments.seed, labels.names,
-        )  # fmt: skip
+        with _naming(split):
+            return sample_episodes(
+                self.videos[split]["label"], self.arguments.way, self.arguments.shot, self.arguments.test_query,
+                number, self.arguments.seed, labels.names,
+            )  # fmt: skip
 
     def _loader(self) -> DataLoader:
         """Training episodes from where the run stands."""
@@ -459,9 +475,9 @@ class TrainingRun:
             self.learner.train()
             progress.history[-1]["validation_accuracy"] = accuracy
         if self.accelerator.is_main_process:
+            result = format_accuracy(metrics, 1)
             tqdm.write(
-                f"episode {progress.episodes}: validation accuracy {accuracy:.1f} ± "
-                f"{metrics['confidence_interval']:.1f} % ({metrics['num_episodes']} episodes)"
+                f"episode {progress.episodes}: validation accuracy {result} ({metrics['num_episodes']} episodes)"
             )
         if accuracy > progress.best_accuracy:
             self._save_model(self.output_dir / "best")
@@ -508,19 +524,40 @@ class TrainingRun:
             },
             "validation": {"accuracy": progress.best_accuracy, "num_episodes": arguments.validation_episodes},
         }
-        if arguments.test_episodes:
-            episodes = self._episode_list("test", arguments.test_episodes)
+        self._record(metrics)  # before the test, which may find a broken video
+        if self.test is not None:
             metrics["test"] = {
                 "way": arguments.way,
                 "shot": arguments.shot,
                 "query": arguments.test_query,
                 "seed": arguments.seed,
-                **self._evaluate(network, "test", episodes, "Testing"),
+                **self._evaluate(network, "test", self.test, "Testing"),
             }
-        if accelerator.is_main_process:
-            replace_file(self.output_dir / "metrics.json", json.dumps(metrics, indent=2))
-            render_model_card(self.output_dir).save(self.output_dir / "README.md")
+            self._record(metrics)
         return metrics
+
+    def _record(self, metrics: dict[str, Any]):
+        if self.accelerator.is_main_process:
+            replace_file(self.output_dir / "metrics.json", to_json(metrics))
+            render_model_card(self.output_dir).save(self.output_dir / "README.md")
+
+
+@contextmanager
+def _naming(split: str) -> Iterator[None]:
+    """Errors inside are of this split."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"split {split!r}: {error}") from error
+
+
+def _describe_labels(videos: DatasetDict) -> str:
+    """What changes where a run would not go on with the videos it began with."""
+    digest, number = hashlib.sha256(), 0
+    for split in ("train", "validation"):
+        digest.update(json.dumps([videos[split].features["label"].names, videos[split]["label"][:]]).encode())
+        number += len(videos[split])
+    return f"{number} for training and validation, digest {digest.hexdigest()[:8]}"
 
 
 def _passed(episodes: int, every: int, step: int) -> bool:
@@ -557,6 +594,6 @@ def describe_result(data: DataArguments, model: ModelArguments, arguments: Train
     if "test" in metrics:
         test = metrics["test"]
         print(
-            f"novel classes, {test['way']}-way {test['shot']}-shot: {test['accuracy']:.1f} ± "
-            f"{test['confidence_interval']:.1f} % over {test['num_episodes']} episodes"
+            f"novel classes, {test['way']}-way {test['shot']}-shot: {format_accuracy(test, 1)} over "
+            f"{test['num_episodes']} episodes"
         )

@@ -220,6 +220,11 @@ def load_prepared(output_dir: str | os.PathLike, resize: int | None = None) -> D
     return DatasetDict({split: _readable(output, split, rows) for split, rows in index.items()})
 
 
+def prepared_source(output_dir: str | os.PathLike) -> dict[str, Any]:
+    """The fields of [`DataArguments`] that name the dataset a folder was prepared from ([`describe_source`])."""
+    return json.loads((Path(output_dir).expanduser() / "settings.json").read_text())["source"]
+
+
 def describe_report(report: Mapping[str, Any], limit: int = 20) -> str:
     """What [`prepare_videos`] returns as a text of a few lines: counts, and the first `limit` broken videos."""
     broken = report["broken"]
