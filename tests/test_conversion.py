@@ -1,6 +1,7 @@
 import pytest
 import torch
 from official import LOGITS, official_frames, official_state_dict
+from transformers import ResNetConfig
 
 from dmgal_hf import DmgalConfig, DmgalModel
 from dmgal_hf import conversion as convert
@@ -83,6 +84,25 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="weights_only"):
         convert.convert_official_checkpoint(save_official(tmp_path, official_state_dict("smga"), extra=Payload()))
+
+
+def test_the_scale_of_the_position_code_comes_along(tmp_path):
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic")
+    model = DmgalModel(DmgalConfig(backbone_config=resnet, motion_reduction=2, position_scale=0.25)).eval()
+    torch.nn.init.constant_(model.self_attention.gamma, 1.0)
+    back = convert.convert_official_checkpoint(save_official(tmp_path, convert.official_state_dict(model)))
+    assert back.config.position_scale == 0.25
+    generator = torch.Generator().manual_seed(0)
+    support, query = (torch.randn(1, n, 8, 3, 64, 64, generator=generator) for n in (2, 1))
+    with torch.no_grad():
+        logits = [one(support, torch.tensor([[0, 1]]), query).logits for one in (model, back)]
+    assert torch.equal(*logits)
+
+
+def test_a_resnet_that_theirs_would_compute_otherwise_does_not_go_back():
+    model = DmgalModel(DmgalConfig(backbone_config=ResNetConfig(hidden_act="gelu", depths=[1, 1, 1, 1])))
+    with pytest.raises(ValueError, match="ResNet has hidden_act='relu', this one 'gelu'"):
+        convert.official_state_dict(model)
 
 
 def test_only_complete_models_go_back(tmp_path):

@@ -46,7 +46,7 @@ def test_a_number_that_was_not_measured_is_absent(tmp_path):
     (started / "model.safetensors").unlink()
     card = render_model_card(started)
     assert "Not yet trained" in card.text and card.data.eval_results is None
-    single = METRICS["test"] | {"num_episodes": 1, "confidence_interval": float("nan")}
+    single = METRICS["test"] | {"num_episodes": 1, "confidence_interval": None}
     card = render_model_card(make_run(tmp_path / "single", METRICS | {"test": single}))
     assert card.data.eval_results[0].metric_args is None and "nan" not in str(card)
 

@@ -1,10 +1,12 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModel,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
+    CLIPVisionModel,
     Dinov2Config,
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
@@ -227,6 +229,50 @@ def test_switches_leave_modules_out():
     assert output.attentions == {}
     maps = model.backbone(query.flatten(0, 2)).last_hidden_state
     torch.testing.assert_close(output.query_features, maps.mean((-1, -2)).view(2, 2, 8, 16))
+
+
+@pytest.mark.parametrize("kind", [*BACKBONES, "convnext", "convnextv2"])
+def test_all_that_is_trainable_gets_a_gradient(kind):
+    """A parameter that gets none would stop DistributedDataParallel."""
+    stages = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
+    config = BACKBONES.get(kind) or {"model_type": kind, **stages}
+    model = DmgalModel(DmgalConfig(backbone_config=config, motion_reduction=4)).train()
+    support, labels, query = make_episodes(episodes=1)
+    model(support, labels, query, labels=torch.zeros(1, 2, dtype=torch.int64)).loss.backward()
+    assert not [name for name, one in model.named_parameters() if one.requires_grad and one.grad is None]
+
+
+def test_a_given_backbone_stays_as_it_is():
+    backbone = CLIPVisionModel(BACKBONES["clip"])
+    adapted = get_peft_model(backbone, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    torch.nn.init.constant_(backbone.post_layernorm.weight, 3.0)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    model = DmgalModel.from_backbone(adapted.base_model.model, paradigm="adapter")
+    after = model.backbone.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@torch.no_grad()
+def test_backbones_in_half_precision(tmp_path):
+    """Stored so, they are loaded in full; an object in it gets the rest of the model in the same."""
+    backbone = ResNetModel(RESNET).to(torch.bfloat16)
+    backbone.save_pretrained(tmp_path)
+    support, labels, query = make_episodes(episodes=1)
+    model = DmgalModel.from_backbone(tmp_path, motion_reduction=4)
+    assert {one.dtype for one in model.parameters()} == {torch.float32}
+    model(support, labels, query)
+    model = DmgalModel.from_backbone(backbone, motion_reduction=4)
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    model(support.bfloat16(), labels, query.bfloat16())
+
+
+def test_backbones_that_do_not_fit():
+    with pytest.raises(ValueError, match="type 'bert', no model of pictures"):
+        DmgalModel(DmgalConfig(backbone_config={"model_type": "bert"}))
+    swin = {"model_type": "swin", "image_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2],
+            "window_size": 4}  # fmt: skip
+    with pytest.raises(ValueError, match="'swin' returns 16 tokens for 8 x 8 patches: choose one"):
+        make_model(swin, paradigm="adapter")(*make_episodes(episodes=1))
 
 
 def test_from_backbone(tmp_path):

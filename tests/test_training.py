@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,8 +28,10 @@ from dmgal_hf.arguments import DataArguments, EvaluateArguments, ModelArguments,
 from dmgal_hf.batch_statistics import BatchStatistics
 from dmgal_hf.checkpoints import StopSignal
 from dmgal_hf.data import load_motion_shapes, sample_episodes
-from dmgal_hf.evaluation import evaluate_episodes
-from dmgal_hf.training import describe_result, train
+from dmgal_hf.data.loading import load_videos
+from dmgal_hf.data.preparation import PrepareArguments, describe_source, prepare_videos
+from dmgal_hf.evaluation import evaluate, evaluate_episodes
+from dmgal_hf.training import describe_result, run_fields, train
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -212,17 +215,29 @@ def test_two_processes_make_the_same_updates(finished, finished_by_two, cache_di
     assert "Training with 2 processes" in printed
     one, two = weights(finished[0]), weights(two_dir)
     for name in one:
-        if "running_" not in name and "num_batches" not in name:  # statistics are those of the main process
+        if "running_" not in name and "num_batches" not in name:
             torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3, msg=name)
     history = [json.loads(Path(d, "metrics.json").read_text())["training"]["history"] for d in (finished[0], two_dir)]
     for first, second in zip(*history):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
+    for name in one:  # statistics of as many episodes, which count a little otherwise within a step
+        if "running_" in name:
+            torch.testing.assert_close(two[name], one[name], atol=0.02, rtol=0.1, msg=name)
     # Both validated the same model, with statistics of all episodes: it is what was saved.
     reached = json.loads((two_dir / "metrics.json").read_text())["validation"]["accuracy"]
     model, processor = (auto.from_pretrained(two_dir) for auto in (AutoModel, AutoProcessor))
     videos = load_motion_shapes(clips_per_class=3, cache_dir=cache_dir)["validation"]
     episodes = sample_episodes(videos["label"], 3, 1, 1, 3, seed=0)
     assert evaluate_episodes(model, processor, videos, episodes, Accelerator())["accuracy"] == reached
+
+
+def test_a_run_of_two_processes_goes_on_with_one(finished, finished_by_two, config, tmp_path):
+    path, out = config("fewer"), tmp_path / "fewer"
+    shutil.copytree(finished_by_two[0], out)
+    shutil.rmtree(out / "checkpoints" / "episode-000000008")
+    (out / "metrics.json").unlink()
+    for one, two in zip(finished[1]["training"]["history"], run(path, "--resume")["training"]["history"], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
 def test_two_processes_resumed_after_kill_equal_uninterrupted(finished_by_two, config, tmp_path):
@@ -336,6 +351,25 @@ def test_evaluation_is_the_same_with_several_processes_and_several_episodes_at_o
     assert [(r["shot"], r["num_episodes"], r["num_queries"]) for r in results[0]] == [(1, 7, 21), (2, 7, 21)]
 
 
+def test_one_episode_has_no_interval(finished, cache_dir, tmp_path, capsys):
+    options = ["--model", str(finished[0]), "--cache_dir", cache_dir, "--clips_per_class", "3", "--num_workers", "0",
+               "--way", "3", "--num_episodes", "1", "--json", str(tmp_path / "new" / "one.json")]  # fmt: skip
+    evaluate(*parse_arguments((DataArguments, EvaluateArguments), options))
+    assert re.search(r"query 1, seed 0: \d+\.\d\d % over 1 episodes", capsys.readouterr().out)
+    (written,) = json.loads((tmp_path / "new" / "one.json").read_text(), parse_constant=pytest.fail)
+    assert written["confidence_interval"] is None
+    with pytest.raises(ValueError, match="crop_size: frames are read as the processor of the model says"):
+        evaluate(*parse_arguments((DataArguments, EvaluateArguments), [*options, "--crop_size", "16"]))
+
+
+def test_a_prepared_folder_is_recorded_as_what_it_was_made_from(cache_dir, tmp_path):
+    data = DataArguments(preset="plain", clips_per_class=3, cache_dir=cache_dir)
+    source = describe_source(data) | {"preset": "textured"}
+    prepare_videos(load_videos(data), PrepareArguments(output=str(tmp_path / "prepared"), num_proc=1), source)
+    fields = run_fields(DataArguments(prepared=str(tmp_path / "prepared")), ModelArguments(), TrainArguments())
+    assert fields["dataset"] == "motion_shapes" and fields["preset"] == "textured" and fields["clips_per_class"] == 3
+
+
 def test_accuracy_counts_what_the_model_says(finished, cache_dir):
     """Against a loop over the episodes that asks the processor and the model one by one."""
     model, processor = AutoModel.from_pretrained(finished[0]), AutoProcessor.from_pretrained(finished[0])
@@ -431,6 +465,8 @@ def test_ablation(config, cache_dir, tmp_path, capsys):
     assert [file.stat().st_mtime_ns for file in metrics] == written  # nothing was trained again
     with pytest.raises(ValueError, match=r"no variant 'no mixer'; there are both, Smga alone"):
         run_ablation("--only", "no mixer")
+    with pytest.raises(ValueError, match=r"both/seed_0 holds another run: learning_rate was 0.01 and is 0.5. Give"):
+        run_ablation("--only", "both", "--learning_rate", "0.5")
 
 
 class TestBadInput:
@@ -502,6 +538,16 @@ class TestBadInput:
             (["--num_episodes", "7"], r"num_episodes must be a multiple of episodes_per_step=2, got 7"),
             (["--optimizer", "adam"], r"optimizer must be adamw or sgd, got 'adam'"),
             (["--report_to", "paper"], r"report_to must be tensorboard, wandb, trackio or none, got 'paper'"),
+            (["--way", "8"], r"split 'validation': 8-way"),
+            (["--test_episodes", "-1"], r"test_episodes must be at least 0, got -1"),
+            (["--lr_scheduler", "reduce_lr_on_plateau"], r"reduce_lr_on_plateau needs a validation"),
+            (["--gradient_checkpointing"], r"gradient_checkpointing: the backbone 'resnet' has none"),
+            (["--adapter_config", "{"], r"adapter_config='\{' is no YAML or JSON"),
+            (
+                ["--backbone_config", "{model_type: resnet, layer_typ: basic}"],
+                r"'layer_typ' for 'resnet'. Did you",
+            ),
+            (["--backbone_config", "{model_type: resnat}"], r"model_type 'resnat', which transformers does not know"),
             (["--mixed_precision", "fp8"], r"mixed_precision must be no, fp16 or bf16, got 'fp8'"),
         ],
     )
@@ -517,6 +563,29 @@ class TestBadInput:
         (tmp_path / "list.yaml").write_text("- 1")
         with pytest.raises(ValueError, match="must hold a mapping"):
             run(tmp_path / "list.yaml")
+
+    def test_types_in_config_files(self, config):
+        with pytest.raises(ValueError, match=r"has num_episodes=8.0, which must be int"):
+            run(config("float", num_episodes=8.0))
+        with pytest.raises(ValueError, match=r"has num_episodes=True, which must be int"):
+            run(config("bool", num_episodes=True))
+
+    def test_null_and_empty_lists_on_the_command_line(self, config):
+        classes = (DataArguments, ModelArguments, TrainArguments)
+        options = ["--config", str(config("set", max_grad_norm=1.0)), "--max_grad_norm", "null", "--motion_scales"]
+        _, model, arguments = parse_arguments(classes, options)
+        assert arguments.max_grad_norm is None and model.motion_scales == []
+
+    def test_a_backbone_from_a_folder_is_no_repository(self, tmp_path, monkeypatch):
+        (tmp_path / "runs" / "still").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        assert ModelArguments(backbone="runs/still").backbone == str(tmp_path / "runs" / "still")
+        assert ModelArguments(backbone="org/still").backbone == "org/still"
+
+    def test_resuming_with_other_labels(self, config, finished, tmp_path):
+        path = config("relabelled", output_dir=str(finished[0]), clips_per_class=4)
+        with pytest.raises(ValueError, match=r"labelled_videos was '90 for training.* and is '120 for training"):
+            run(path, "--resume")
 
     def test_model_is_required(self):
         with pytest.raises(SystemExit):
