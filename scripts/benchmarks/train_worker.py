@@ -25,7 +25,7 @@ def make_videos(arguments: TrainArguments) -> DatasetDict:
     labels = [number for number in range(arguments.way) for _ in range(rows)]
     features = Features({"video": Value("string"), "label": ClassLabel(names=[str(n) for n in range(arguments.way)])})
     videos = Dataset.from_dict({"video": [""] * len(labels), "label": labels}, features)
-    return DatasetDict(train=videos, validation=videos)
+    return DatasetDict(train=videos, validation=videos, test=videos)
 
 
 def make_batches(run: TrainingRun, crop_size: int) -> Iterator[dict]:
