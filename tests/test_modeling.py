@@ -247,9 +247,11 @@ def test_a_given_backbone_stays_as_it_is():
     adapted = get_peft_model(backbone, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     torch.nn.init.constant_(backbone.post_layernorm.weight, 3.0)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    model = DmgalModel.from_backbone(adapted.base_model.model, paradigm="adapter")
+    model = DmgalModel.from_backbone(adapted, paradigm="adapter")
     after = model.backbone.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(ValueError, match=r"adapters of its own, which config.json does not describe"):
+        model.save_pretrained("nowhere")
 
 
 @torch.no_grad()

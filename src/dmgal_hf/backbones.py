@@ -104,6 +104,11 @@ def _count_parameters(backbone_config: PreTrainedConfig, adapter_config: dict[st
     return sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
 
 
+def has_adapters(backbone: nn.Module) -> bool:
+    """Whether peft has put layers into it."""
+    return any(isinstance(module, BaseTunerLayer) for module in backbone.modules())
+
+
 def train_adapters(backbone: nn.Module):
     """Puts the adapters into training mode and the backbone around them into eval mode."""
     backbone.eval()

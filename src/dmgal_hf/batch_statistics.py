@@ -20,8 +20,9 @@ class BatchStatistics:
     def __init__(self, model: nn.Module, accelerator: Accelerator):
         self.accelerator = accelerator
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-        for norm in norms:
-            norm.momentum = 1 - (1 - norm.momentum) ** accelerator.num_processes
+        if accelerator.num_processes > 1:  # one process keeps its momentum to the last bit
+            for norm in norms:
+                norm.momentum = 1 - (1 - norm.momentum) ** accelerator.num_processes
         self.buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
         self.kept = self._flat()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -14,7 +15,14 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .alignment import class_logits
-from .backbones import add_adapters, build_backbone, freeze_unread, load_backbone, train_adapters
+from .backbones import (
+    add_adapters,
+    build_backbone,
+    freeze_unread,
+    has_adapters,
+    load_backbone,
+    train_adapters,
+)
 from .configuration_dmgal import DmgalConfig
 from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer
 from .motion_adapters import SupportCache
@@ -242,7 +250,7 @@ class DmgalModel(DmgalPreTrainedModel):
         Starts from a pretrained image backbone.
 
         Args:
-            backbone (`str`, `os.PathLike` or `PreTrainedModel`):
+            backbone (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel` of one):
                 A model id, a folder, or a loaded transformers vision model. Of a model of several towers (CLIP,
                 SigLIP) the vision tower is taken.
             kwargs:
@@ -251,6 +259,8 @@ class DmgalModel(DmgalPreTrainedModel):
         Raises:
             ValueError: the backbone has no known vision configuration.
         """
+        if isinstance(backbone, PeftModel):
+            backbone = backbone.get_base_model()  # the adapters stay in it
         if not isinstance(backbone, PreTrainedModel):
             backbone = load_backbone(backbone)
         elif hasattr(backbone, "vision_model") and hasattr(backbone.config, "vision_config"):
@@ -267,10 +277,11 @@ class DmgalModel(DmgalPreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As in transformers; of a model with `load_adapter()` or `add_adapter()`, the adapters alone."""
-        if getattr(self.backbone, "_hf_peft_config_loaded", False):
+        if has_adapters(self.backbone) and self.config.adapter_config is None:
             raise ValueError(
-                "model.backbone has adapters of its own load_adapter() or add_adapter(), which config.json does not "
-                f"describe: save them with model.backbone.save_pretrained({os.fspath(save_directory)!r})."
+                "model.backbone has adapters of its own, which config.json does not describe: save them with the "
+                "PeftModel they were put in by, or, those of its own load_adapter() or add_adapter(), with "
+                f"model.backbone.save_pretrained({os.fspath(save_directory)!r})."
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 

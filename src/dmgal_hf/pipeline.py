@@ -403,16 +403,16 @@ class FewShotVideoClassificationPipeline(Pipeline):
                 f"{str(self.model.dtype).removeprefix('torch.')}): weights, config or preprocessing differ, so the "
                 "kept features mean nothing here. Load that model, or fit again from the clips."
             )
-        support = read_support(about, path)
-        self._fitted = FittedSupport(
+        fitted = FittedSupport(
             labels=tuple(about["labels"]),
-            support=support.to(self.device),
+            support=read_support(about, path).to(self.device),
             digests=tuple(about["clip_digests"]),
             pixel_values=None,
-            unknown=about["unknown"],
+            unknown=check_unknown(about["unknown"], about["labels"]),
             auto=about["unknown_is_auto"],
         )
         self.temperature = about["temperature"]
+        self._fitted = fitted
         return self
 
     def push_to_hub(
