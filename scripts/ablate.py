@@ -19,6 +19,7 @@ from accelerate import PartialState
 from dmgal_hf.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
 from dmgal_hf.checkpoints import FREE_FIELDS, differing_fields, list_checkpoints
 from dmgal_hf.configuration_mga import MgaConfig
+from dmgal_hf.evaluation import format_accuracy
 from dmgal_hf.training import run_fields, train
 
 # What differs from the config, by the name of the variant: fields of ModelArguments.
@@ -135,8 +136,10 @@ def format_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> 
     for name, runs in results.items():
         tests = [run["test"] for run in runs]
         accuracy = sum(test["accuracy"] for test in tests) / len(tests)
-        interval = math.hypot(*(test["confidence_interval"] or math.nan for test in tests)) / len(tests)
-        cells = [name, f"{runs[0]['training']['trainable_parameters']:,}", f"{accuracy:.1f} ± {interval:.1f}"]
+        intervals = [test["confidence_interval"] for test in tests]
+        interval = None if None in intervals else math.hypot(*intervals) / len(tests)
+        result = format_accuracy({"accuracy": accuracy, "confidence_interval": interval}, 1).removesuffix(" %")
+        cells = [name, f"{runs[0]['training']['trainable_parameters']:,}", result]
         cells += [", ".join(f"{test['accuracy']:.1f}" for test in tests)] if by_seed else []
         lines.append(f"| {' | '.join([*cells, str(sum(test['num_episodes'] for test in tests))])} |")
     return "\n".join(lines)
@@ -144,7 +147,7 @@ def format_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> 
 
 def main(data: DataArguments, model: ModelArguments, arguments: TrainArguments, ablation: AblationArguments):
     variants = list_variants(model, ablation.backbones)
-    names = list(variants) if ablation.only is None else ablation.only
+    names = ablation.only or list(variants)
     unknown = [name for name in names if name not in variants]
     if unknown:
         raise ValueError(f"there is no variant {unknown[0]!r}; there are {', '.join(variants)}.")

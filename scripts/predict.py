@@ -54,7 +54,7 @@ def list_queries(query: str) -> list[str]:
     clips = list_clips(Path(query))
     pictures = [clip for clip in clips if is_frame(clip)]
     if pictures and len(pictures) < len(clips):
-        raise ValueError(f"{query} holds pictures ({pictures[0]}) beside other files: is it one clip, or several?")
+        raise ValueError(f"{query} holds pictures ({pictures[0]}) beside other files: move them out of it")
     return [query] if pictures else clips
 
 

@@ -10,6 +10,7 @@ import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -573,6 +574,8 @@ def test_stream_sources(tmp_path, videos, long_video, classes):
     assert {answer.label for answer in expected} == {"unknown"}
     with open(long_video, "rb") as file:
         assert list(classifier.stream(file)) == expected
+    with open(long_video, "rb") as file:  # an object that can do no more than read
+        assert alike(list(classifier.stream(SimpleNamespace(read=file.read))), expected)
     data = Path(long_video).read_bytes()
     assert list(classifier.stream(data)) == expected
     assert list(classifier.stream({"path": None, "bytes": data})) == expected

@@ -469,6 +469,15 @@ def test_ablation(config, cache_dir, tmp_path, capsys):
         run_ablation("--only", "both", "--learning_rate", "0.5")
 
 
+def test_rows_of_an_ablation_without_a_spread_and_without_an_interval():
+    def result(accuracy, interval):
+        test = {"accuracy": accuracy, "confidence_interval": interval, "num_episodes": 2}
+        return [{"test": test, "training": {"trainable_parameters": 1000}}]
+
+    table = ablate.format_table({"sure": result(100.0, 0.0), "single": result(50.0, None)}, [0])
+    assert table.splitlines()[2:] == ["| sure | 1,000 | 100.0 ± 0.0 | 2 |", "| single | 1,000 | 50.0 | 2 |"]
+
+
 class TestBadInput:
     def test_resuming_another_run(self, config, tmp_path, finished):
         path = config("other", output_dir=str(finished[0]))
@@ -586,6 +595,10 @@ class TestBadInput:
         path = config("relabelled", output_dir=str(finished[0]), clips_per_class=4)
         with pytest.raises(ValueError, match=r"labelled_videos was '90 for training.* and is '120 for training"):
             run(path, "--resume")
+
+    def test_no_number_of_shots(self):
+        with pytest.raises(ValueError, match="shot is empty"):
+            parse_arguments((DataArguments, EvaluateArguments), ["--model", "org/model", "--shot"])
 
     def test_model_is_required(self):
         with pytest.raises(SystemExit):

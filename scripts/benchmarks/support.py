@@ -9,7 +9,8 @@ from torch import nn
 from transformers import ResNetConfig, pipeline
 
 from dmgal_hf import DmgalConfig, DmgalModel, DmgalSupport, DmgalVideoProcessor
-from dmgal_hf.pipeline import FRAMES_TOGETHER, TASK
+from dmgal_hf.pipeline import TASK
+from dmgal_hf.streaming import FRAMES_TOGETHER
 from dmgal_hf.video_decoding import read_frames_at
 
 from .adapter import clip_config

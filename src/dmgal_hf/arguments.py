@@ -190,6 +190,8 @@ class EvaluateArguments:
     json: str | None = field(default=None, metadata={"help": "File for the results."})
 
     def __post_init__(self):
+        if not self.shot:
+            raise ValueError("shot is empty: give at least one number of supports a class.")
         for name in ("way", "query", "num_episodes", "episodes_per_forward"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -243,10 +245,10 @@ def parse_arguments(
         field.name: types[field.name] for group, types in zip(classes, hints) for field in fields(group) if field.init
     }
     for action in parser._actions:
-        if type(None) in get_args(known.get(action.dest)) and action.type is not None:
-            action.type = partial(_none_or, action.type)
         if action.nargs == "+":
             action.nargs = "*"
+        elif type(None) in get_args(known.get(action.dest)):
+            action.type = partial(_none_or, action.type)
     if config is not None:
         values = _read_yaml(Path(config))
         for name, value in values.items():

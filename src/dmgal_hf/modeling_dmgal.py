@@ -15,14 +15,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .alignment import class_logits
-from .backbones import (
-    add_adapters,
-    build_backbone,
-    freeze_unread,
-    has_adapters,
-    load_backbone,
-    train_adapters,
-)
+from .backbones import add_adapters, build_backbone, freeze_unread, has_adapters, load_backbone, train_adapters
 from .configuration_dmgal import DmgalConfig
 from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer
 from .motion_adapters import SupportCache
@@ -276,8 +269,9 @@ class DmgalModel(DmgalPreTrainedModel):
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """As in transformers; of a model with `load_adapter()` or `add_adapter()`, the adapters alone."""
-        if has_adapters(self.backbone) and self.config.adapter_config is None:
+        """As in transformers. Raises `ValueError` for adapters that config.json would not describe."""
+        added_later = getattr(self.backbone, "_hf_peft_config_loaded", False)
+        if added_later or (self.config.adapter_config is None and has_adapters(self.backbone)):
             raise ValueError(
                 "model.backbone has adapters of its own, which config.json does not describe: save them with the "
                 "PeftModel they were put in by, or, those of its own load_adapter() or add_adapter(), with "

@@ -19,7 +19,7 @@ from transformers import Pipeline, PreTrainedModel, pipeline
 
 from .modeling_dmgal import DmgalSupport
 from .query_model import DmgalQueryModel
-from .streaming import Frame, Picture, StreamedLabel, Window, in_one_row, is_live, window_batches
+from .streaming import Picture, StreamedLabel, Window, is_live, window_batches, window_logits
 from .support_sets import (
     SUPPORT_FORMAT,
     UNKNOWN,
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     import datasets
 
 TASK = "few-shot-video-classification"
-FRAMES_TOGETHER = 16  # of a stream in one pass through the backbone: more cost memory and are not faster
 
 
 @dataclass(frozen=True)
@@ -596,39 +595,10 @@ class FewShotVideoClassificationPipeline(Pipeline):
     def _label_windows(self, windows: list[Window]) -> Iterator[StreamedLabel]:
         fitted = self._current
         with torch.no_grad(), self.device_placement():
-            if self.model.frames_are_independent:
-                self._encode_frames(windows)
-                frames, starts = in_one_row(windows)
-                maps = _stack_frames(frames).movedim(-1, 1)
-                logits = self.model.score_windows(maps, torch.tensor(starts, device=maps.device), fitted.support)
-            else:
-                frames = _stack_frames([frame for window in windows for frame in window.frames])
-                videos = self._to_model(frames.unflatten(0, (len(windows), -1)))[None]
-                logits = self.model(query_pixel_values=videos, support=fitted.support).logits[0]
-            logits = logits.cpu()
+            logits = window_logits(self.model, windows, fitted.support).cpu()
         for window, of_window in zip(windows, logits):
             best = self._answer(of_window, fitted, top_k=1)[0]
             yield StreamedLabel(float(window.start), float(window.end), best["label"], best["score"])
-
-    def _encode_frames(self, windows: list[Window]):
-        """Replaces the pixels of the frames that are new in these windows by the backbone's maps."""
-        frames = (frame for window in windows for frame in window.frames if not frame.encoded)
-        new = list({id(frame): frame for frame in frames}.values())
-        for start in range(0, len(new), FRAMES_TOGETHER):
-            part = new[start : start + FRAMES_TOGETHER]
-            maps = self.model.encode_frames(self._to_model(_stack_frames(part)))
-            for frame, frame_maps in zip(part, maps):
-                # As they lie in memory. Not a view: it would keep the others.
-                frame.tensor, frame.encoded = frame_maps.movedim(0, -1).clone(), True
-
-
-def _stack_frames(frames: list[Frame]) -> torch.Tensor:
-    sizes = {tuple(frame.tensor.shape) for frame in frames}
-    if len(sizes) > 1:
-        raise ValueError(
-            "the frames of the stream come out in different sizes: set do_center_crop=True of the processor"
-        )
-    return torch.stack([frame.tensor for frame in frames])
 
 
 def _check_whole_number(name: str, value: int):

@@ -17,8 +17,10 @@ import torch
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+from .modeling_dmgal import DmgalModel, DmgalSupport
 from .video_decoding import VideoDecodeError, _orientation, _oriented, _to_rgb, check_whole
 
+FRAMES_TOGETHER = 16  # in one pass through the backbone: more cost memory and are not faster
 URL = r"(https?|rtsps?|rtmps?|rtp|udp|tcp|srt)://"
 
 
@@ -64,14 +66,11 @@ class Picture:
 def is_live(video: Any, format: str | None) -> bool:
     """Whether frames may have to be waited for: from a camera, a device, a pipe or the net."""
     if hasattr(video, "read"):
-        return not video.seekable()
+        return not (hasattr(video, "seekable") and video.seekable())
     if isinstance(video, (str, os.PathLike)):
         path = os.fspath(video)
-        return (
-            format is not None
-            or re.match(URL, path) is not None
-            or (os.path.exists(path) and not os.path.isfile(path))
-        )
+        is_device = os.path.exists(path) and not os.path.isfile(path)
+        return format is not None or is_device or re.match(URL, path) is not None
     return format is not None or isinstance(video, int)
 
 
@@ -159,19 +158,49 @@ def in_one_row(windows: list[Window]) -> tuple[list[Frame], list[int]]:
     return frames, starts
 
 
+def window_logits(model: DmgalModel, windows: list[Window], support: DmgalSupport) -> torch.Tensor:
+    """
+    The logits (W, N) of W windows. Where the backbone sees one frame at a time, only frames that no window had before
+    go through it; they keep their maps in place of their pixels.
+
+    Raises `ValueError` for frames of different sizes.
+    """
+    device = support.features.device
+    if not model.frames_are_independent:
+        frames = _stack([frame for window in windows for frame in window.frames]).to(device, model.dtype)
+        return model(query_pixel_values=frames.unflatten(0, (len(windows), -1))[None], support=support).logits[0]
+    frames, starts = in_one_row(windows)
+    new = list({id(frame): frame for frame in frames if not frame.encoded}.values())
+    for start in range(0, len(new), FRAMES_TOGETHER):
+        part = new[start : start + FRAMES_TOGETHER]
+        for frame, maps in zip(part, model.encode_frames(_stack(part).to(device, model.dtype))):
+            # As they lie in memory. Not a view: it would keep the others.
+            frame.tensor, frame.encoded = maps.movedim(0, -1).clone(), True
+    return model.score_windows(_stack(frames).movedim(-1, 1), torch.tensor(starts, device=device), support)
+
+
+def _stack(frames: list[Frame]) -> torch.Tensor:
+    if len({frame.tensor.shape for frame in frames}) > 1:
+        raise ValueError(
+            "the frames of the stream come out in different sizes: set do_center_crop=True of the processor"
+        )
+    return torch.stack([frame.tensor for frame in frames])
+
+
 def read_ahead(windows: Generator[Window], number: int) -> Generator[Window]:
     """
     The same windows, of which a thread makes up to `number` before they are asked for. Errors come in their turn. The
     thread ends with the iterator, and closes `windows`.
     """
-    end, thread, is_finalizing = object(), ThreadPoolExecutor(1, "read_ahead"), sys.is_finalizing
+    end, thread = object(), ThreadPoolExecutor(1, "read_ahead")
+    is_finalizing = sys.is_finalizing  # `sys` itself may be gone when it is asked
     coming = deque(thread.submit(next, windows, end) for _ in range(number))
     try:
         while (window := coming.popleft().result()) is not end:
             coming.append(thread.submit(next, windows, end))
             yield window
     finally:
-        if not is_finalizing():  # else the interpreter has ended the thread, and most of what this would need
+        if not is_finalizing():  # else the interpreter has ended the thread
             thread.shutdown(cancel_futures=True)
         windows.close()
 

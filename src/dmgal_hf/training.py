@@ -262,10 +262,12 @@ class TrainingRun:
         self.test = self._episode_list("test", arguments.test_episodes) if arguments.test_episodes else None
         set_seed(arguments.seed)
         network, self.processor = build_model(model, data)
-        if arguments.gradient_checkpointing and not network.supports_gradient_checkpointing:
-            kind = network.config.backbone_config.model_type
-            raise ValueError(f"gradient_checkpointing: the backbone {kind!r} has none in transformers, leave it out.")
         if arguments.gradient_checkpointing:
+            if not network.supports_gradient_checkpointing:
+                kind = network.config.backbone_config.model_type
+                raise ValueError(
+                    f"gradient_checkpointing: the backbone {kind!r} has none in transformers, leave it out."
+                )
             network.gradient_checkpointing_enable({"use_reentrant": False})
         self.network = network
         self.num_trainable = sum(one.numel() for one in network.parameters() if one.requires_grad)
