@@ -389,6 +389,12 @@ def test_adapters_that_nobody_could_load_are_not_pushed(run, tmp_path):
     model.backbone.load_adapter(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"adapters of its own.*with model\.backbone\.save_pretrained"):
         model.save_pretrained(tmp_path / "model")
+    described = DmgalModel.from_pretrained(tmp_path / "run")  # of whose adapters config.json tells, but not of these
+    another = get_peft_model(ViTModel(described.config.backbone_config), MgaConfig(reduction=2))
+    another.save_pretrained(tmp_path / "second")
+    described.backbone.load_adapter(tmp_path / "second", adapter_name="second")
+    with pytest.raises(ValueError, match="adapters of its own"):
+        described.save_pretrained(tmp_path / "model")
 
 
 # Loading
