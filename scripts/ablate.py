@@ -54,6 +54,7 @@ ADAPTER_VARIANTS = {
     "the last two blocks alone": {"adapter_config": {"smga_layers": [-2], "cmga_layers": [-1]}},
     "Cmga in the first block": {"adapter_config": {"cmga_layers": [0]}},
     "Cmga in the last two blocks": {"adapter_config": {"cmga_layers": [-2, -1]}},
+    "supports pooled 2x2": {"adapter_config": {"support_pooling": 2}},
     "class token": {"frame_pooling": "cls"},
     "mean of the patches": {"frame_pooling": "mean"},
     "OTAM": {"alignment": "otam"},

@@ -94,7 +94,7 @@ def test_support(benchmark, tmp_path, capsys):
     assert streams["one pass of the backbone over its sampled frames"]["note"] == "24 of 180 frames"
     assert streams["stream, windows end to end: once through the whole model"]["note"] == "3 windows"
     assert streams["stream, a window every 0.5 s"]["note"] == "9 windows"
-    assert len(groups) == 2
+    assert len(groups) == 3
     for rows in groups.values():
         assert rows["one query, kept 5-way 5-shot supports"]["difference"] < 1e-5
         assert "difference" not in rows["the backbone on one video"]

@@ -427,6 +427,21 @@ class TestAdapterParadigm:
         torch.testing.assert_close(changed[1:], alone, atol=1e-5, rtol=1e-5)
 
     @torch.no_grad()
+    def test_pooled_supports_can_be_selected(self):
+        model = make_adapter_model(adapter_config={"reduction": 2, "support_pooling": 2})
+        support, labels, query = make_episodes(labels=(0, 0, 1, 2, 2))
+        index = [3, 0, 2]
+        few = model.encode_support(support[:, index], labels[:, index])
+        logits = model(query_pixel_values=query, support=few).logits
+        selected = model.encode_support(support, labels).select(index)
+        torch.testing.assert_close(
+            model(query_pixel_values=query, support=selected).logits, logits, atol=1e-5, rtol=1e-5
+        )
+        unpooled = make_adapter_model(adapter_config={"reduction": 2})
+        unpooled_logits = unpooled(support[:, index], labels[:, index], query).logits
+        assert not torch.allclose(unpooled_logits, logits, atol=1e-3)
+
+    @torch.no_grad()
     def test_fresh_adapters_change_nothing(self):
         support, labels, query = make_episodes()
         plain = DmgalModel(DmgalConfig(backbone_config=BACKBONES["clip"], paradigm="adapter")).eval()

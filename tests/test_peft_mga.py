@@ -123,6 +123,16 @@ def plain_read(motions, keys, values):
     return sum(reads) / len(reads)
 
 
+def plain_pool(tokens, grid, side):
+    """(S·P, d) -> (S·squares, d)."""
+    squares = []
+    for frame in tokens.view(-1, *grid, tokens.shape[-1]):
+        for row in range(0, grid[0], side):
+            for column in range(0, grid[1], side):
+                squares.append(frame[row : row + side, column : column + side].mean((0, 1)))
+    return torch.stack(squares)
+
+
 def plain_adapter(adapter, patches, grid, num_support=None):
     """Change of the patches (B, V, T, P, D); `num_support` has one number an episode, `None` for the Smga form."""
     changes = torch.empty_like(patches)
@@ -139,7 +149,11 @@ def plain_adapter(adapter, patches, grid, num_support=None):
                 elif v >= num_support[b]:
                     supports = videos[: num_support[b]]
                     keys = [torch.cat([s[1][g][t] for s in supports]) for g in range(len(mine))]
-                    y[t] += adapter.gamma * plain_read(mine, keys, torch.cat([s[0][t] for s in supports]))
+                    values_read = torch.cat([s[0][t] for s in supports])
+                    if adapter.support_pooling > 1:
+                        keys = [plain_pool(k, grid, adapter.support_pooling) for k in keys]
+                        values_read = plain_pool(values_read, grid, adapter.support_pooling)
+                    y[t] += adapter.gamma * plain_read(mine, keys, values_read)
             changes[b, v] = F.gelu(y) @ adapter.up.weight.T + adapter.up.bias
     return changes
 
@@ -158,7 +172,9 @@ def random_adapter(adapter_class, prefix, **fields):
     [(SmgaAdapter, None), (SmgaAdapter, (2, 2)), (CmgaAdapter, None), (CmgaAdapter, (2, 2)), (CmgaAdapter, (3, 1))],
 )
 @pytest.mark.parametrize(
-    "fields", [{}, {"directions": "forward"}, {"directions": "backward"}, {"attention": False}], ids=str
+    "fields",
+    [{}, {"directions": "forward"}, {"directions": "backward"}, {"attention": False}, {"support_pooling": 2}],
+    ids=str,
 )
 def test_adapters_compute_their_equations(adapter_class, num_support, fields, prefix):
     adapter = random_adapter(adapter_class, prefix, **fields)
@@ -213,9 +229,10 @@ def test_layers_are_found_and_prefix_tokens_pass_untouched(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_episode_facts_reach_the_layers(family):
+@pytest.mark.parametrize("support_pooling", [1, 3])
+def test_episode_facts_reach_the_layers(family, support_pooling):
     """Two episodes at once are as each alone, also from a cache, and queries depend on their own supports only."""
-    model = adapted(family)
+    model = adapted(family, support_pooling=support_pooling)
     videos = frames(2, 5, 4)
     with torch.no_grad():
         together = tokens(model, videos, num_frames=4, num_support=[3, 2])
@@ -399,6 +416,15 @@ def test_support_cache_as_file_and_with_unequal_episodes(tmp_path):
     assert all(tensor.dtype == torch.float64 for tensor in loaded["encoder.layers.2.default"].values())
 
 
+def test_pooled_supports_take_less_room_and_are_read_as_such_only():
+    videos = frames(5, 4)
+    pooled, cache = adapted(support_pooling=2), SupportCache()
+    tokens(pooled, videos[:3], num_frames=4, num_support=3, support_cache=cache)
+    assert {tensor.shape for tensor in cache["encoder.layers.2.default"].values()} == {(1, 4, 3 * 4, 8)}
+    with pytest.raises(ValueError, match="filled for 4 patches a frame, but these queries have 16"):
+        tokens(adapted(), videos[3:], num_frames=4, num_support=0, support_cache=cache)
+
+
 def test_gradients_flow_through_the_cache():
     model = adapted()
     videos = frames(5, 4)
@@ -460,6 +486,7 @@ def test_facts_that_cannot_be(facts, message):
     [
         ({"width": 0}, "MgaConfig.width=0"),
         ({"reduction": 2.5}, "MgaConfig.reduction=2.5"),
+        ({"support_pooling": 0}, "MgaConfig.support_pooling=0: give an integer of at least 1"),
         ({"num_frames": -1}, "MgaConfig.num_frames=-1"),
         ({"num_prefix_tokens": -1}, "MgaConfig.num_prefix_tokens=-1"),
         ({"directions": "up"}, "MgaConfig.directions='up': allowed are backward, both, forward"),

@@ -327,7 +327,7 @@ def test_half_precision(videos, dtype):
 
 
 def test_compiled_without_a_graph_break(videos):
-    model = adapted()
+    model = adapted(support_pooling=2)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(features(compiled, videos), features(model, videos))
     caches = SupportCache(), SupportCache()

@@ -14,7 +14,12 @@ KINDS = {
     "ft": {"backbone_config": RESNET, "motion_reduction": 4},
     "clip": {"backbone_config": CLIPVisionConfig(**SIZES), "paradigm": "adapter", "adapter_config": {}},
     # hands no keyword arguments on to its blocks
-    "vit": {"backbone_config": ViTConfig(**SIZES), "paradigm": "adapter", "adapter_config": {}, "alignment": "otam"},
+    "vit": {
+        "backbone_config": ViTConfig(**SIZES),
+        "paradigm": "adapter",
+        "adapter_config": {"support_pooling": 2},
+        "alignment": "otam",
+    },
     "lora": {"backbone_config": CLIPVisionConfig(**SIZES), "paradigm": "adapter"},
 }
 LABELS = torch.tensor([[0, 0, 1, 2, 2]])

@@ -18,11 +18,12 @@ from .data import KINETICS, write_clip
 from .measuring import NUM_FRAMES, BenchmarkArguments, Contender, Group, Run
 
 WINDOW, STRIDE = 2.0, 0.5  # seconds
+ADAPTERS = {"adapter": {}, "pooling adapter": {"support_pooling": 2}}
 
 
 def _support_config(kind: str, small: bool) -> DmgalConfig:
-    if kind == "adapter":
-        return DmgalConfig(backbone_config=clip_config(small), paradigm="adapter", adapter_config={})
+    if kind in ADAPTERS:
+        return DmgalConfig(backbone_config=clip_config(small), paradigm="adapter", adapter_config=ADAPTERS[kind])
     if small:
         backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
         return DmgalConfig(backbone_config=backbone, motion_reduction=4)
@@ -139,7 +140,11 @@ def stream_group(arguments: BenchmarkArguments) -> Group:
 
 def support_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:
     groups = []
-    for title, kind in (("CLIP ViT-B/16 with adapters", "adapter"), ("ResNet-50, DMGAL-FT", "ft")):
+    for title, kind in (
+        ("CLIP ViT-B/16 with adapters", "adapter"),
+        ("CLIP ViT-B/16 with adapters of support_pooling=2", "pooling adapter"),
+        ("ResNet-50, DMGAL-FT", "ft"),
+    ):
         contenders = [
             Contender(name, functools.partial(prepare_query, arguments, kind, contender), same_as)
             for name, contender, same_as in (

@@ -62,6 +62,9 @@ class MgaConfig(PeftConfig):
             Which motion differences are used: `"both"`, `"forward"` (to the next frame) or `"backward"`.
         attention (`bool`, defaults to `True`):
             Whether patches gather from patches that move alike. `False` leaves the values alone (an ablation).
+        support_pooling (`int`, defaults to 1):
+            Side of the squares of patches that the supports' keys and values are averaged over before queries read
+            them (ours): with 2, queries compare with a quarter of the patches, and as much is kept of a support.
         num_frames (`int`, defaults to 8):
             Frames a video, for calls that do not pass `num_frames`.
         num_prefix_tokens (`int`, *optional*):
@@ -100,6 +103,10 @@ class MgaConfig(PeftConfig):
     reduction: int = field(default=4, metadata={"help": "Divisor of the backbone's width where width is None."})
     directions: str = field(default="both", metadata={"help": "Motion differences: both, forward or backward."})
     attention: bool = field(default=True, metadata={"help": "Motion-guided attention; False: the values alone."})
+    support_pooling: int = field(
+        default=1,
+        metadata={"help": "Side of the squares of support patches that queries read as one; 1: every patch."},
+    )
     num_frames: int = field(default=8, metadata={"help": "Frames a video, for calls that do not pass num_frames."})
     num_prefix_tokens: int | None = field(
         default=None, metadata={"help": "Tokens before the patch tokens; None: known from the backbone's config."}
@@ -164,7 +171,7 @@ class MgaConfig(PeftConfig):
         for name in ("width", "backbone_width", "backbone_depth"):
             if getattr(self, name) is not None:
                 self._integer(name, minimum=1)
-        for name in ("reduction", "num_frames"):
+        for name in ("reduction", "support_pooling", "num_frames"):
             self._integer(name, minimum=1)
         if self.num_prefix_tokens is not None:
             self._integer("num_prefix_tokens", minimum=0)

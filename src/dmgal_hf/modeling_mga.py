@@ -193,7 +193,7 @@ class MgaLayer(nn.Module, BaseTunerLayer):
         key = f"{self.module_name}.{name}"
         supports = supports_per_episode = None
         if cache is not None and layout.only_queries and isinstance(adapter, CmgaAdapter) and adapter.attention:
-            supports, supports_per_episode = cache.read(key, layout, adapter.width), cache.num_support
+            supports, supports_per_episode = cache.read(key, layout, adapter), cache.num_support
         keep_supports = cache is not None and not layout.only_queries
         inputs = (
             self._cast_input_dtype(hidden_states, adapter.down.weight.dtype),

@@ -115,7 +115,8 @@ class SupportCache:
 
     It maps `"{module name}.{adapter name}"` to a dictionary of tensors, each (B, T, S·P, d): `keys_forward`,
     `keys_backward` (those of the adapter's directions) and `values`, for B episodes, T frames, at most S supports an
-    episode and P patches. `num_support` has the number of supports of each episode.
+    episode and P patches (or squares of them, where the adapter pools). `num_support` has the number of supports of
+    each episode.
     """
 
     def __init__(self):
@@ -166,8 +167,8 @@ class SupportCache:
             cache.entries.setdefault(key, {})[name] = tensor
         return cache
 
-    def read(self, key: str, layout: EpisodeLayout, width: int) -> dict[str, torch.Tensor]:
-        """The entry of one adapter, after checking that it fits the queries."""
+    def read(self, key: str, layout: EpisodeLayout, adapter: CmgaAdapter) -> dict[str, torch.Tensor]:
+        """The entry of `adapter`, after checking that it fits the queries."""
         if key not in self.entries:
             raise ValueError(
                 f"support_cache holds nothing for '{key}' (it has: {list(self.entries) or 'nothing'}). Fill it first, "
@@ -182,7 +183,8 @@ class SupportCache:
             "patches a frame": keys // most_supports,
             "values a token": depth,
         }
-        asked = (layout.num_episodes, layout.num_frames, math.prod(layout.grid), width)
+        rows, columns = (-(-side // adapter.support_pooling) for side in layout.grid)
+        asked = (layout.num_episodes, layout.num_frames, rows * columns, adapter.width)
         for (what, count), wanted in zip(kept.items(), asked, strict=True):
             if count != wanted:
                 raise ValueError(f"support_cache was filled for {count} {what}, but these queries have {wanted}.")
@@ -322,9 +324,14 @@ class CmgaAdapter(SmgaAdapter):
         supports: Y = V
         queries:  Y = V + g (1/2 A_f + 1/2 A_b) V_s,   A = softmax(LN(M) LN(M_s)^T / sqrt(d)) over the S·P patches
 
-    Supports never read queries, so what queries need of them can be kept in a [`SupportCache`]. Without `num_support`
-    it does what an Smga-Adapter does.
+    With `support_pooling`, queries read means of LN(M_s) and V_s over squares of patches in place of the patches; the
+    squares at the far edges of a grid that they do not divide are smaller. Supports never read queries, so what
+    queries need of them can be kept in a [`SupportCache`]. Without `num_support` it does what an Smga-Adapter does.
     """
+
+    def __init__(self, hidden_size: int, num_prefix_tokens: int, config: MgaConfig):
+        super().__init__(hidden_size, num_prefix_tokens, config)
+        self.support_pooling = config.support_pooling
 
     def gather(
         self,
@@ -346,7 +353,9 @@ class CmgaAdapter(SmgaAdapter):
                     "could read. Give it supports, or pass queries alone (0 for every episode) with a filled "
                     "`support_cache`, or leave num_support out."
                 )
-            supports, supports_per_episode = self._supports(keys, values, max(layout.num_support)), layout.num_support
+            most = max(layout.num_support)
+            supports = self._supports(keys[:, :most], values[:, :most], layout.grid)
+            supports_per_episode = layout.num_support
         first_query = min(layout.num_support)
         if first_query < layout.num_videos:
             read = self.gamma * self._read(keys[:, first_query:], supports, supports_per_episode)
@@ -357,13 +366,19 @@ class CmgaAdapter(SmgaAdapter):
             values = torch.cat((values[:, :first_query], values[:, first_query:] + read), dim=1)
         return values.flatten(0, 2), supports if keep_supports else None
 
-    def _supports(self, keys: torch.Tensor, values: torch.Tensor, num_support: int) -> dict[str, torch.Tensor]:
-        """Entry of a [`SupportCache`]: keys and values of the first videos of each episode, frame by frame."""
-        keys, values = keys[:, :num_support].transpose(1, 2), values[:, :num_support].transpose(1, 2)
-        entry = {
-            f"keys_{direction}": keys[..., index, :].flatten(2, 3) for index, direction in enumerate(self.directions)
-        }
-        return entry | {"values": values.flatten(2, 3)}
+    def _supports(self, keys: torch.Tensor, values: torch.Tensor, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Entry of a [`SupportCache`], frame by frame: keys (B, S, T, P, directions, d) and values (B, S, T, P, d)."""
+        entry = {f"keys_{direction}": keys[..., index, :] for index, direction in enumerate(self.directions)}
+        entry["values"] = values
+        return {name: self._pool(tokens, grid).transpose(1, 2).flatten(2, 3) for name, tokens in entry.items()}
+
+    def _pool(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Means of tokens (B, S, T, P, d) over squares of patches."""
+        if self.support_pooling == 1:
+            return tokens
+        images = tokens.flatten(0, 2).unflatten(1, grid).permute(0, 3, 1, 2)
+        images = F.avg_pool2d(images, self.support_pooling, ceil_mode=True)
+        return images.flatten(2).transpose(1, 2).unflatten(0, tokens.shape[:3])
 
     def _read(
         self, keys: torch.Tensor, supports: dict[str, torch.Tensor], supports_per_episode: tuple[int, ...]
@@ -381,7 +396,7 @@ class CmgaAdapter(SmgaAdapter):
             is_support = torch.arange(most, device=keys.device) < torch.tensor(
                 supports_per_episode, device=keys.device
             ).unsqueeze(1)
-            mask = is_support.repeat_interleave(num_patches, dim=1)[:, None, None, None]
+            mask = is_support.repeat_interleave(values.shape[2] // most, dim=1)[:, None, None, None]
             mask = mask.expand(-1, num_frames, -1, -1, -1).flatten(0, 1)  # (B·T, 1, 1, S·P)
         # Direction by direction: to stack the keys would copy those of all supports for every query.
         read = 0
