@@ -65,6 +65,7 @@ def _kept_many(kept: DmgalSupport) -> DmgalSupport:
 
 def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> Run:
     model, support, labels, query = _episode(kind, arguments.small, arguments.device)
+    note = ""
     if contender == "backbone":
         # of its own: the model's may hold adapters
         torch.manual_seed(0)
@@ -75,6 +76,8 @@ def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> R
     elif contender in KEPT:
         kept = KEPT[contender](_kept_support(kind, arguments.small, arguments.device))
         call = functools.partial(model, query_pixel_values=query, support=kept)
+        size = sum(tensor.nbytes for tensor in (kept.features, *kept.states.values()))
+        note = f"{size / kept.features.shape[1] / 1e6:.2f} MB a kept clip"
     else:
         call = functools.partial(model, support, labels, query)
 
@@ -83,7 +86,7 @@ def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> R
             output = call()
         return (output.logits,) if contender != "backbone" else None
 
-    return Run(call_without_gradient)
+    return Run(call_without_gradient, note=note)
 
 
 KEPT = {"few": _kept_few, "same": lambda kept: kept, "many": _kept_many}
