@@ -64,7 +64,7 @@ class MgaConfig(PeftConfig):
             Whether patches gather from patches that move alike. `False` leaves the values alone (an ablation).
         support_pooling (`int`, defaults to 1):
             Side of the squares of patches that the supports' keys and values are averaged over before queries read
-            them (ours): with 2, queries compare with a quarter of the patches, and as much is kept of a support.
+            them (ours). With 2, queries compare with a quarter as many; a kept support takes a quarter of the room.
         num_frames (`int`, defaults to 8):
             Frames a video, for calls that do not pass `num_frames`.
         num_prefix_tokens (`int`, *optional*):

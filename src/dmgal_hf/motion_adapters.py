@@ -187,7 +187,10 @@ class SupportCache:
         asked = (layout.num_episodes, layout.num_frames, rows * columns, adapter.width)
         for (what, count), wanted in zip(kept.items(), asked, strict=True):
             if count != wanted:
-                raise ValueError(f"support_cache was filled for {count} {what}, but these queries have {wanted}.")
+                raise ValueError(
+                    f"support_cache was filled for {count} {what}, but these queries have {wanted}. Fill it again, "
+                    "with supports like these queries and an adapter of the same width and support_pooling."
+                )
         return entry
 
 
