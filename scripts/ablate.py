@@ -16,11 +16,12 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 
-from dmgal_hf.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
-from dmgal_hf.checkpoints import FREE_FIELDS, differing_fields, list_checkpoints
-from dmgal_hf.configuration_mga import MgaConfig
-from dmgal_hf.evaluation import format_accuracy
-from dmgal_hf.training import run_fields, train
+from dmgal_hf.model.configuration_mga import MgaConfig
+from dmgal_hf.training import train
+from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
+from dmgal_hf.training.checkpoints import FREE_FIELDS, differing_fields, list_checkpoints
+from dmgal_hf.training.evaluation import format_accuracy
+from dmgal_hf.training.training import run_fields
 
 # What differs from the config, by the name of the variant: fields of ModelArguments.
 FT_VARIANTS = {

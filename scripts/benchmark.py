@@ -31,7 +31,7 @@ from benchmarks.load import load_groups
 from benchmarks.measuring import BenchmarkArguments, measure_group, measure_memory
 from benchmarks.support import support_groups
 from benchmarks.train import train_groups
-from dmgal_hf.arguments import parse_arguments
+from dmgal_hf.training.arguments import parse_arguments
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "av", "numpy", "decord", "torchcodec")
 GROUPS = {

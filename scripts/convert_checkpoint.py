@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from dmgal_hf import DmgalModel, DmgalVideoProcessor
-from dmgal_hf.arguments import parse_arguments
-from dmgal_hf.conversion import convert_official_checkpoint, official_state_dict
+from dmgal_hf.hub.conversion import convert_official_checkpoint, official_state_dict
+from dmgal_hf.training.arguments import parse_arguments
 
 
 @dataclass

@@ -3,8 +3,8 @@
 Prints the accuracy with its 95 % confidence interval for every number of shots, and writes all of it with --json.
 """
 
-from dmgal_hf.arguments import DataArguments, EvaluateArguments, parse_arguments
-from dmgal_hf.evaluation import evaluate
+from dmgal_hf.training.arguments import DataArguments, EvaluateArguments, parse_arguments
+from dmgal_hf.training.evaluation import evaluate
 
 if __name__ == "__main__":
     evaluate(*parse_arguments((DataArguments, EvaluateArguments)))

@@ -14,11 +14,11 @@ from typing import Any
 
 from transformers import pipeline
 
-from dmgal_hf.arguments import parse_arguments
-from dmgal_hf.extracted_frames import is_frame
-from dmgal_hf.pipeline import TASK, FewShotVideoClassificationPipeline
-from dmgal_hf.streaming import URL
-from dmgal_hf.support_sets import ABOUT_FILE
+from dmgal_hf.inference.pipeline import TASK, FewShotVideoClassificationPipeline
+from dmgal_hf.inference.streaming import URL
+from dmgal_hf.inference.support_sets import ABOUT_FILE
+from dmgal_hf.model.extracted_frames import is_frame
+from dmgal_hf.training.arguments import parse_arguments
 
 
 @dataclass

@@ -4,9 +4,9 @@ Writes an index and a report of broken files, and with --frames jpeg or raw a ca
 --prepared DIR then. Run it again to go on after an interruption, or after videos were added or replaced.
 """
 
-from dmgal_hf.arguments import DataArguments, parse_arguments
-from dmgal_hf.data.loading import load_videos
 from dmgal_hf.data.preparation import PrepareArguments, describe_report, describe_source, prepare_videos
+from dmgal_hf.training.arguments import DataArguments, parse_arguments
+from dmgal_hf.training.loading import load_videos
 
 if __name__ == "__main__":
     data, arguments = parse_arguments((DataArguments, PrepareArguments))

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel, get_scheduler
 
 from dmgal_hf import DmgalVideoProcessor
-from dmgal_hf.arguments import parse_arguments
 from dmgal_hf.data.motion_shapes import SHAPES, TEXTURES, render_still
+from dmgal_hf.training.arguments import parse_arguments
 
 
 @dataclass

@@ -4,8 +4,8 @@
 
 from dataclasses import dataclass, field
 
-from dmgal_hf.arguments import parse_arguments
 from dmgal_hf.hub import push_to_hub
+from dmgal_hf.training.arguments import parse_arguments
 
 
 @dataclass

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from dmgal_hf.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
-from dmgal_hf.training import describe_result, train
+from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
+from dmgal_hf.training.training import describe_result, train
 
 if __name__ == "__main__":
     arguments = parse_arguments(

@@ -10,8 +10,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from transformers import AutoModel, AutoProcessor
 
-from dmgal_hf.arguments import parse_arguments
-from dmgal_hf.visualization import plot_cross_attention, plot_episode, plot_motion_association, plot_self_attention
+from dmgal_hf.inference.visualization import (
+    plot_cross_attention,
+    plot_episode,
+    plot_motion_association,
+    plot_self_attention,
+)
+from dmgal_hf.training.arguments import parse_arguments
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from dmgal_hf import DmgalVideoProcessor
 from dmgal_hf.data import EpisodeVideos, collate_episodes, load_benchmark, sample_episodes
 from dmgal_hf.data.preparation import PrepareArguments, load_prepared, prepare_videos
-from dmgal_hf.video_decoding import read_frames, segment_indices
+from dmgal_hf.model.video_decoding import read_frames, segment_indices
 
 from .measuring import NUM_FRAMES, OURS, BenchmarkArguments, Contender, Group, Run
 

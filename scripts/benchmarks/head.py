@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dmgal_hf import DmgalConfig
-from dmgal_hf.conversion import official_name
-from dmgal_hf.motion_attention import (
+from dmgal_hf.hub.conversion import official_name
+from dmgal_hf.model.motion_attention import (
     CrossMotionAttention,
     MixedMaps,
     MotionFeatures,

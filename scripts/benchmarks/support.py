@@ -9,9 +9,9 @@ from torch import nn
 from transformers import ResNetConfig, pipeline
 
 from dmgal_hf import DmgalConfig, DmgalModel, DmgalSupport, DmgalVideoProcessor
-from dmgal_hf.pipeline import TASK
-from dmgal_hf.streaming import FRAMES_TOGETHER
-from dmgal_hf.video_decoding import read_frames_at
+from dmgal_hf.inference.pipeline import TASK
+from dmgal_hf.inference.streaming import FRAMES_TOGETHER
+from dmgal_hf.model.video_decoding import read_frames_at
 
 from .adapter import clip_config
 from .data import KINETICS, write_clip

@@ -14,9 +14,9 @@ from accelerate.utils import broadcast_object_list, send_to_device
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from torch.utils.flop_counter import FlopCounterMode
 
-from dmgal_hf.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
-from dmgal_hf.checkpoints import StopSignal
-from dmgal_hf.training import TrainingRun, build_accelerator, memory_in_use
+from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
+from dmgal_hf.training.checkpoints import StopSignal
+from dmgal_hf.training.training_run import TrainingRun, build_accelerator, memory_in_use
 
 
 def make_videos(arguments: TrainArguments) -> DatasetDict:

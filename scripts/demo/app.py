@@ -7,8 +7,8 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from dmgal_hf.arguments import parse_arguments
-from dmgal_hf.demo import build_demo
+from dmgal_hf.inference.demo import build_demo
+from dmgal_hf.training.arguments import parse_arguments
 
 
 @dataclass

@@ -5,13 +5,13 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
-from .configuration_dmgal import DmgalConfig
-from .modeling_dmgal import DmgalModel, DmgalOutput, DmgalPreTrainedModel, DmgalSupport
+from .inference.pipeline import TASK, FewShotVideoClassificationPipeline, StreamedLabel
+from .inference.query_model import DmgalQueryModel
+from .model.configuration_dmgal import DmgalConfig
+from .model.modeling_dmgal import DmgalModel, DmgalOutput, DmgalPreTrainedModel, DmgalSupport
+from .model.video_decoding import VideoDecodeError
+from .model.video_processing_dmgal import DmgalVideoProcessor
 from .peft import CmgaLayer, MgaConfig, MgaModel, SmgaLayer
-from .pipeline import TASK, FewShotVideoClassificationPipeline, StreamedLabel
-from .query_model import DmgalQueryModel
-from .video_decoding import VideoDecodeError
-from .video_processing_dmgal import DmgalVideoProcessor
 
 AutoConfig.register("dmgal", DmgalConfig, exist_ok=True)
 AutoModel.register(DmgalConfig, DmgalModel, exist_ok=True)

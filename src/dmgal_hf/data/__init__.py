@@ -1,4 +1,7 @@
-"""Videos, splits, episodes: everything is a `datasets.Dataset`."""
+"""
+Videos, splits, episodes: everything is a `datasets.Dataset`. Also transforms, preparation and made-up videos.
+Imports `model` alone.
+"""
 
 from .benchmarks import load_benchmark, load_video_folder
 from .episode_videos import EpisodeVideos, collate_episodes, seed_from

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, Video
 
-from ..extracted_frames import FRAME_SUFFIXES
-from ..zip_archive import open_zip, split_zip_path
+from ..model.extracted_frames import FRAME_SUFFIXES
+from ..model.zip_archive import open_zip, split_zip_path
 from .splits import (
     CLIP_SUFFIXES,
     SPLIT_NAMES,

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..video_decoding import VideoDecodeError, read_frames
-from ..video_processing_dmgal import DmgalVideoProcessor
+from ..model.video_decoding import VideoDecodeError, read_frames
+from ..model.video_processing_dmgal import DmgalVideoProcessor
 from .transforms import ClipAugmentation
 
 

@@ -42,9 +42,9 @@ from huggingface_hub.utils import WeakFileLock
 from PIL import Image as PilImage
 from tqdm.auto import tqdm
 
-from ..video_decoding import VideoDecodeError, probe_video, read_frames_at, segment_indices
-from ..video_processing_dmgal import RESAMPLE_MODES, resize_short_side
-from ..zip_archive import open_zip, split_zip_path
+from ..model.video_decoding import VideoDecodeError, probe_video, read_frames_at, segment_indices
+from ..model.video_processing_dmgal import RESAMPLE_MODES, resize_short_side
+from ..model.zip_archive import open_zip, split_zip_path
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..video_processing_dmgal import check_clip, check_crop, resize_short_side
+from ..model.video_processing_dmgal import check_clip, check_crop, resize_short_side
 
 # The mean of the authors' normalisation, 0.45: an erased region is zero in what the model sees.
 MEAN_GREY = 115

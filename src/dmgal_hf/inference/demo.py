@@ -1,0 +1,193 @@
+"""A web page to try a model on: clips a class, a query, its scores and the episode sheet. Needs the extra `demo`."""
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import av
+from transformers import PreTrainedModel, pipeline
+
+from ..data.motion_shapes import FRAMES_PER_SECOND, render_clip
+from ..model.video_decoding import VideoDecodeError
+from .pipeline import TASK, FewShotVideoClassificationPipeline
+
+try:
+    import gradio as gr
+
+    from .visualization import plot_episode
+except ImportError as error:
+    raise ImportError("dmgal_hf.inference.demo needs Gradio and matplotlib: pip install dmgal-hf[demo]") from error
+
+MAX_CLASSES = 6
+SHOWN_CLASSES = 3
+EXAMPLES = {"circle": "circle_ccw", "up and back": "up_and_back", "roll left": "roll_left"}  # novel motion shapes
+ABOUT = """# Few-shot action recognition
+Name two or more actions, give each a few short clips, and drop a new clip to be named. Nothing is trained: the new
+clip is compared with yours by how things move in it."""
+
+
+def build_demo(model: str | os.PathLike | PreTrainedModel, device: str = "cpu") -> gr.Blocks:
+    """
+    The page as a Gradio app; `launch()` serves it.
+
+    Args:
+        model (`str`, `os.PathLike` or `PreTrainedModel`): id or folder of a checkpoint with its processor.
+        device (`str`): where the model runs.
+
+    Raises:
+        ValueError: it is no DMGAL checkpoint, or has no processor. `OSError` where there is nothing to load.
+    """
+    classifier = pipeline(TASK, model=os.fspath(model) if isinstance(model, os.PathLike) else model, device=device)
+    examples = write_examples(Path(tempfile.mkdtemp(prefix="dmgal_examples_")))
+
+    def answer(query: str | None, with_unknown: bool, fitted: Any, *rows: Any):
+        return classify(classifier, query, with_unknown, fitted, rows[:MAX_CLASSES], rows[MAX_CLASSES:])
+
+    def fill_in():
+        names = [*examples, *[""] * (MAX_CLASSES - len(examples))]
+        clips = [examples[name][:2] if name else None for name in names]
+        return [*names, *clips, examples["circle"][2]]
+
+    with gr.Blocks(title="Few-shot action recognition") as demo:
+        fitted, shown = gr.State(None), gr.State(SHOWN_CLASSES)
+        gr.Markdown(ABOUT)
+        with gr.Row():
+            with gr.Column():
+                groups, names, clips = [], [], []
+                for number in range(MAX_CLASSES):
+                    with gr.Group(visible=number < SHOWN_CLASSES) as group:
+                        names.append(gr.Textbox(label=f"Class {number + 1}", elem_id=f"name-{number}"))
+                        clips.append(gr.File(label="Its clips", file_count="multiple", elem_id=f"clips-{number}",
+                                             height=120))  # fmt: skip
+                    groups.append(group)
+                more = gr.Button("One class more", size="sm")
+            with gr.Column():
+                query = gr.Video(label="The new clip", sources=["upload", "webcam"], elem_id="query")
+                with_unknown = gr.Checkbox(
+                    label='Also answer "unknown"', info="Needs two clips of every class.", elem_id="unknown"
+                )
+                with gr.Row():
+                    example = gr.Button("Fill in an example", elem_id="example")
+                    go = gr.Button("Classify", variant="primary", elem_id="classify")
+                scores = gr.Label(label="Scores", elem_id="scores")
+        sheet = gr.Plot(label="Episode sheet", format="png", elem_id="sheet")
+
+        def show_one_more(count: int):
+            count = min(count + 1, MAX_CLASSES)
+            return [count, *(gr.Group(visible=number < count) for number in range(MAX_CLASSES))]
+
+        more.click(show_one_more, shown, [shown, *groups])
+        example.click(fill_in, None, [*names, *clips, query])
+        go.click(answer, [query, with_unknown, fitted, *names, *clips], [scores, sheet, fitted])
+    return demo
+
+
+def classify(
+    classifier: FewShotVideoClassificationPipeline,
+    query: str | None,
+    with_unknown: bool,
+    fitted: tuple | None,
+    names: list[str],
+    clips: list[list[str] | None],
+) -> tuple[dict[str, float], Any, tuple]:
+    """
+    What the button "Classify" does.
+
+    Args:
+        classifier: whose model and processor are used; its own classes are left alone, as many visitors share it.
+        query: path of the new clip.
+        with_unknown: whether "unknown" is an answer.
+        fitted: what the last call returned, so that the same example clips are not encoded again.
+        names: of the classes; empty ones are left out where there are no clips either.
+        clips: for each of them the paths of its clips.
+
+    Returns:
+        Scores by label, the episode sheet, and the classes as they were fitted.
+
+    Raises:
+        gr.Error: with a message for the visitor.
+    """
+    support = read_classes(names, clips)
+    if query is None:
+        raise visitor_error("There is no new clip to classify: drop one.")
+    paths = [query, *(path for of_class in support.values() for path in of_class)]
+    try:
+        key = (tuple((name, tuple(of_class)) for name, of_class in support.items()), with_unknown)
+        if fitted is None or fitted[0] != key:
+            fitted = (key, fit(classifier, support, with_unknown))
+        own = fitted[1]
+        scores = {entry["label"]: entry["score"] for entry in own(query)}
+        episode = own.image_processor(support=support, query=query)
+        sheet = plot_episode(own.model, own.image_processor, episode, temperature=own.temperature,
+                             kept_support=own.support)  # fmt: skip
+    except VideoDecodeError as error:
+        raise visitor_error(f"{Path(error.source).name}: {error.problem}. Take another clip.") from error
+    except ValueError as error:
+        raise visitor_error(shorten(str(error), paths)) from error
+    return scores, sheet, fitted
+
+
+def read_classes(names: list[str], clips: list[list[str] | None]) -> dict[str, list[str]]:
+    """The filled rows of the page. Raises `gr.Error` for one that is filled by half, and for a name given twice."""
+    support = {}
+    for number, (name, of_class) in enumerate(zip(names, clips), 1):
+        name = (name or "").strip()
+        if not name and not of_class:
+            continue
+        if not name:
+            raise visitor_error(f"Class {number} has clips and no name: name the action they show.")
+        if not of_class:
+            raise visitor_error(f"Class {number}, {name!r}, has no clips: drop at least one.")
+        if name in support:
+            raise visitor_error(f"Two classes are called {name!r}: put their clips into one, or rename one.")
+        support[name] = list(of_class)
+    if len(support) < 2:
+        raise visitor_error("Two classes are needed at least: name them and give each a clip.")
+    return support
+
+
+def fit(
+    classifier: FewShotVideoClassificationPipeline, support: dict[str, list[str]], with_unknown: bool
+) -> FewShotVideoClassificationPipeline:
+    """A classifier of its own around the same model; its warnings become messages on the page."""
+    own = FewShotVideoClassificationPipeline(
+        classifier.model, classifier.image_processor, device=classifier.device, batch_size=4
+    )
+    with warnings.catch_warnings(record=True) as caught:  # Gradio runs one such event at a time
+        warnings.simplefilter("always", UserWarning)
+        own.fit(support, unknown="auto" if with_unknown else None)
+    paths = [path for of_class in support.values() for path in of_class]
+    for warning in caught:
+        if "the same video" in str(warning.message):
+            gr.Warning(shorten(str(warning.message), paths))
+    return own
+
+
+def visitor_error(message: str) -> gr.Error:
+    """A message on the page, and nothing in the log of the server, which has done nothing wrong."""
+    return gr.Error(message, print_exception=False)
+
+
+def shorten(message: str, paths: list[str]) -> str:
+    """Names of files in place of the paths that the server has given them."""
+    for path in paths:
+        message = message.replace(path, Path(path).name)
+    return message
+
+
+def write_examples(folder: Path) -> dict[str, list[str]]:
+    """Three clips each of a few motion shapes no model was trained on, by the names of their classes."""
+    examples = {}
+    for label, motion in EXAMPLES.items():
+        examples[label] = [str(folder / f"{motion}_{index}.mp4") for index in range(3)]
+        for index, path in enumerate(examples[label]):
+            with av.open(path, "w") as container:
+                stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "18"})
+                frames = render_clip(motion, index=index)
+                stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+                for frame in frames:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+                container.mux(stream.encode())
+    return examples

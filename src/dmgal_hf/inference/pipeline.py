@@ -1,0 +1,609 @@
+"""`pipeline("few-shot-video-classification")`: a few clips a class, then labels for videos and streams."""
+
+import contextlib
+import math
+import os
+import tempfile
+import types
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from huggingface_hub import CommitInfo, HfApi
+from transformers import Pipeline, PreTrainedModel, pipeline
+
+from ..model.modeling_dmgal import DmgalSupport
+from ..model.video_processing_dmgal import DmgalVideoProcessor, _list_videos, undecoded_column
+from .query_model import DmgalQueryModel
+from .streaming import Picture, StreamedLabel, Window, is_live, window_batches, window_logits
+from .support_sets import (
+    SUPPORT_FORMAT,
+    UNKNOWN,
+    UNNAMED_MODEL,
+    FittedSupport,
+    check_same_size,
+    check_temperature,
+    check_unknown,
+    clip_digests,
+    find_support,
+    fingerprint,
+    kept_model_id,
+    load_processor,
+    model_revision,
+    numbered,
+    read_classes,
+    read_support,
+    support_card,
+    warn_of_repeats,
+    write_support,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+TASK = "few-shot-video-classification"
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A video, and how errors call it."""
+
+    name: str
+    video: Any
+
+
+class FewShotVideoClassificationPipeline(Pipeline):
+    """
+    Classifies videos among classes that are given by a few example clips each.
+
+    Args:
+        model ([`DmgalModel`] or `PeftModel` of one): the model; it is put into eval mode.
+        image_processor ([`DmgalVideoProcessor`], *optional*):
+            How videos are read; by default that of the checkpoint the model comes from. `processor` and
+            `video_processor` are other names for it.
+        kwargs: those of [`~transformers.Pipeline`] (`device`, `batch_size`, `num_workers`), and `top_k` for all calls.
+
+    Attributes:
+        temperature (`float`): scores are softmax(logits / temperature), above 0. At first `config.score_temperature`
+            of the model; [`calibrate`] and [`load`] set it, [`fit`] leaves it.
+
+    Raises:
+        ValueError: the model is no [`DmgalModel`], or there is no processor to be found.
+
+    Example:
+
+    ```python
+    from transformers import pipeline
+    import dmgal_hf
+
+    clf = pipeline("few-shot-video-classification", model="org/checkpoint")
+    clf.fit({"push left": ["a.mp4", "b.mp4"], "push right": ["c.mp4", "d.mp4"]})
+    print(clf("query.mp4"))  # [{"label": "push left", "score": 0.93}, {"label": "push right", "score": 0.07}]
+    ```
+    """
+
+    _load_processor = False
+    _load_image_processor = None  # optional for the loader: a model passed as an object has no name it could use
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, model: PreTrainedModel, image_processor: DmgalVideoProcessor | None = None, **kwargs):
+        if not hasattr(model, "encode_support"):
+            raise ValueError(f"{TASK!r} needs a DmgalModel, not a {type(model).__name__}: choose a DMGAL checkpoint.")
+        # `pipeline()` loads that of the checkpoint as image_processor: what is given by another name is meant.
+        given = [kwargs.pop(name) for name in ("processor", "video_processor") if kwargs.get(name) is not None]
+        processor = given[0] if given else image_processor
+        if isinstance(processor, (str, os.PathLike)):
+            processor = DmgalVideoProcessor.from_pretrained(processor)
+        processor = load_processor(model) if processor is None else processor
+        if not isinstance(processor, DmgalVideoProcessor):
+            raise ValueError(f"image_processor must be a DmgalVideoProcessor, got a {type(processor).__name__}.")
+        super().__init__(model, image_processor=processor, task=kwargs.pop("task", TASK), **kwargs)
+        self.model.eval()
+        self.temperature = self.model.config.score_temperature
+        self._fitted: FittedSupport | None = None
+
+    # The support set
+
+    @property
+    def temperature(self) -> float:
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float):
+        self._temperature = check_temperature(value)
+
+    @property
+    def _current(self) -> FittedSupport:
+        if self._fitted is None:
+            raise ValueError("this classifier has no classes yet: call fit({label: [videos]}) or load(folder) first")
+        return self._fitted
+
+    @property
+    def labels(self) -> list[str]:
+        """The classes, in the order of the model's logits. Raises `ValueError` before [`fit`]."""
+        return list(self._current.labels)
+
+    @property
+    def support(self) -> DmgalSupport:
+        """What is kept of the example clips. Raises `ValueError` before [`fit`]."""
+        return self._current.support
+
+    @property
+    def unknown(self) -> float | None:
+        """The distance beyond which a video is of no class (see [`fit`]); may be set."""
+        return self._current.unknown
+
+    @unknown.setter
+    def unknown(self, distance: float | None):
+        self._fitted = replace(self._current, unknown=check_unknown(distance, self.labels), auto=False)
+
+    def fit(
+        self,
+        support: "Mapping[str, Any] | datasets.Dataset",
+        unknown: str | float | None = None,
+        video_column: str = "video",
+        label_column: str = "label",
+        batch_size: int | None = None,
+    ) -> "FewShotVideoClassificationPipeline":
+        """
+        Learns the classes from their example clips. Every clip is read and encoded once.
+
+        Args:
+            support (`Mapping` or `datasets.Dataset`):
+                For each label a video or a list of videos, of any kind [`DmgalVideoProcessor`] takes; classes may have
+                different numbers. Or a dataset with a column of videos and one of labels.
+            unknown (`"auto"` or `float`, *optional*):
+                The distance (as the model measures it: minus the logit) beyond which a video is of no class. "unknown"
+                then takes part in the answers as a class at just that distance, so it comes first exactly where all
+                classes are farther away. `"auto"` (ours) takes the largest distance of a support clip to its own class
+                when it is left out: no support would itself be unknown. That needs two clips of every class. With
+                Cmga-Adapters it keeps the pixels of the clips in memory and encodes each once more as a query.
+            video_column (`str`): column of the videos, for a dataset.
+            label_column (`str`): column of the labels, for a dataset.
+            batch_size (`int`, *optional*): clips encoded together; by default that of the pipeline, or 1.
+
+        Returns:
+            the pipeline itself.
+
+        Raises:
+            ValueError: fewer than two classes, a class without videos, a label that is no string, or a threshold that
+                is not possible. `VideoDecodeError` for a clip that cannot be read. Nothing has changed then.
+        """
+        classes = read_classes(support, video_column, label_column)
+        if len(classes) < 2:
+            raise ValueError(
+                f"`support` has {len(classes)} class(es), {list(classes)}: a classifier needs at least two. Add "
+                "one of clips that show anything else."
+            )
+        auto = isinstance(unknown, str) and unknown == "auto"
+        distance = check_unknown(None if auto else unknown, classes, reserve=unknown is not None)
+        digests = clip_digests(classes)
+        warn_of_repeats(classes, digests, {})
+        encoded, pixel_values = self._encode(classes, auto, batch_size)
+        labels = tuple(classes)
+        fitted = FittedSupport(
+            labels=labels,
+            support=numbered(encoded, [labels.index(label) for label in classes for _ in classes[label]]),
+            digests=tuple(digests.values()),
+            pixel_values=pixel_values,
+            unknown=distance,
+            auto=auto,
+        )
+        self._fitted = self._with_threshold(fitted)
+        return self
+
+    def add(
+        self,
+        support: "Mapping[str, Any] | datasets.Dataset",
+        video_column: str = "video",
+        label_column: str = "label",
+        batch_size: int | None = None,
+    ) -> "FewShotVideoClassificationPipeline":
+        """
+        Adds classes, or clips to classes that are there. No clip of before is read or encoded again; a threshold that
+        is `"auto"` is set anew.
+
+        Args and errors as in [`fit`].
+        """
+        old = self._current
+        classes = read_classes(support, video_column, label_column)
+        check_unknown(None, classes, reserve=old.unknown is not None)
+        needs_clips = old.auto and self.model.has_cross_adapters
+        if needs_clips and old.pixel_values is None:
+            raise ValueError(
+                "the threshold of this loaded support set cannot be set anew: with Cmga-Adapters that takes all "
+                "clips, and they are not saved. Fit again with all clips, or set `unknown` to a distance."
+            )
+        digests = clip_digests(classes)
+        numbers = old.support.labels[0].tolist()
+        warn_of_repeats(classes, digests, {d: old.labels[n] for d, n in zip(old.digests, numbers) if d is not None})
+        encoded, pixel_values = self._encode(classes, old.auto, batch_size)
+        check_same_size(old.support, encoded)
+        labels = tuple(dict.fromkeys([*old.labels, *classes]))
+        numbers += [labels.index(label) for label in classes for _ in classes[label]]
+        fitted = replace(
+            old,
+            labels=labels,
+            support=numbered(DmgalSupport.cat([old.support, encoded]), numbers),
+            digests=old.digests + tuple(digests.values()),
+            pixel_values=torch.cat([old.pixel_values, pixel_values]) if needs_clips else None,
+        )
+        self._fitted = self._with_threshold(fitted)
+        return self
+
+    def remove(self, *labels: str) -> "FewShotVideoClassificationPipeline":
+        """
+        Removes classes. Nothing of the others is computed again, but a threshold that is `"auto"` (which stays as it
+        is for a loaded support set of a model with Cmga-Adapters).
+
+        Raises:
+            ValueError: there is no such class, or fewer than two would be left.
+        """
+        old = self._current
+        for label in labels:
+            if label not in old.labels:
+                raise ValueError(f"there is no class {label!r} to remove; the classes are {list(old.labels)}")
+        left = tuple(label for label in old.labels if label not in labels)
+        if len(left) < 2:
+            raise ValueError(
+                f"removing {list(labels)} would leave {list(left)}: a classifier needs two classes or more"
+            )
+        names = [old.labels[number] for number in old.support.labels[0].tolist()]
+        clips = [clip for clip, name in enumerate(names) if name in left]
+        fitted = replace(
+            old,
+            labels=left,
+            support=numbered(old.support.select(clips), [left.index(names[clip]) for clip in clips]),
+            digests=tuple(old.digests[clip] for clip in clips),
+            pixel_values=None if old.pixel_values is None else old.pixel_values[clips],
+        )
+        if fitted.auto and not (self.model.has_cross_adapters and fitted.pixel_values is None):
+            fitted = self._with_threshold(fitted)
+        self._fitted = fitted
+        return self
+
+    def calibrate(self) -> float:
+        """
+        Sets the temperature of the scores from the support clips, each scored in the episode without it (ours): the
+        one with the smallest cross entropy to a target of (S + 1) / (S + N) for the clip's own class among N and
+        1 / (S + N) for each other, with S clips in all. A target of 1 would ask for a temperature of zero wherever all
+        clips are recognised; this one is Laplace's rule of succession. It lies between 0.001 and 100.
+
+        Returns:
+            `float`: the temperature, which [`save`] keeps. Put it into `model.config.score_temperature` to give it to
+            all users of a checkpoint.
+
+        Raises:
+            ValueError: a class has a single clip; or, with Cmga-Adapters, `fit` was called without `unknown="auto"`.
+        """
+        logits = self._leave_one_out(self._current, "calibrate()")
+        (clips, way), own = logits.shape, self.support.labels[0].cpu()
+        targets = torch.full((clips, way), 1 / (clips + way), dtype=torch.float64)
+        targets[range(clips), own] = (clips + 1) / (clips + way)
+        temperatures = torch.logspace(-3, 2, 501, dtype=torch.float64)
+        scores = (logits.double() / temperatures[:, None, None]).log_softmax(-1)
+        self.temperature = float(temperatures[(scores * targets).sum((1, 2)).argmax()])
+        return self.temperature
+
+    def _with_threshold(self, fitted: FittedSupport) -> FittedSupport:
+        if not fitted.auto:
+            return fitted
+        distances = -self._leave_one_out(fitted, 'unknown="auto"')
+        own = distances.gather(1, fitted.support.labels[0].cpu()[:, None])
+        return replace(fitted, unknown=float(own.max()))
+
+    def _leave_one_out(self, fitted: FittedSupport, purpose: str) -> torch.Tensor:
+        """Logits of the support clips, each without itself: (S, N) float32 on the CPU."""
+        counts = Counter(fitted.support.labels[0].tolist())
+        single = [label for number, label in enumerate(fitted.labels) if counts[number] < 2]
+        if single:
+            raise ValueError(
+                f"{purpose} leaves out one clip at a time, so every class needs two or more, but {single} has one: "
+                "add a clip, or do without."
+            )
+        clips = fitted.pixel_values
+        if self.model.has_cross_adapters and clips is None:
+            raise ValueError(
+                f'{purpose} needs the clips again for a model with Cmga-Adapters: fit with unknown="auto", which '
+                "keeps them."
+            )
+        with torch.no_grad(), self.device_placement():
+            clips = None if clips is None else self._to_model(clips[None])
+            return self.model.leave_one_out(fitted.support, clips)[0].float().cpu()
+
+    def _encode(
+        self, classes: Mapping[str, Mapping[str, Any]], keep: bool, batch_size: int | None
+    ) -> tuple[DmgalSupport, torch.Tensor | None]:
+        """All clips as supports of class 0, and their pixel values (S, T, 3, H, W) if the model needs them again."""
+        videos = {name: video for of_class in classes.values() for name, video in of_class.items()}
+        names = list(videos)
+        batch_size = self._batch_size or 1 if batch_size is None else batch_size
+        _check_whole_number("batch_size", batch_size)
+        parts, kept = [], []
+        with torch.no_grad(), self.device_placement():
+            for start in range(0, len(names), batch_size):
+                batch = {name: videos[name] for name in names[start : start + batch_size]}
+                pixel_values = self.image_processor._pixel_values(batch)
+                labels = torch.zeros(1, len(batch), dtype=torch.int64, device=self.device)
+                parts.append(self.model.encode_support(self._to_model(pixel_values[None]), labels))
+                self._check_finite(parts[-1].features, ", ".join(batch))
+                check_same_size(parts[0], parts[-1])
+                if keep and self.model.has_cross_adapters:
+                    kept.append(pixel_values)
+        return DmgalSupport.cat(parts), torch.cat(kept) if kept else None
+
+    def _to_model(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values.to(self.device, self.model.dtype)
+
+    def _check_finite(self, computed: torch.Tensor, source: str):
+        if not computed.isfinite().all():
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the model gives NaN or infinity in {dtype} for {source}: load it in another dtype (float16 "
+                "overflows where bfloat16 does not), or check its weights"
+            )
+
+    def query_model(self) -> DmgalQueryModel:
+        """The model with the classes of now built in, to be compiled or exported: query videos in, logits out."""
+        return DmgalQueryModel(self.model, self.support)
+
+    # Kept support sets
+
+    def save(self, folder: str | os.PathLike):
+        """
+        Writes the support set: `support.safetensors` and `support.json` with the labels, the threshold, the
+        temperature, and id, revision and fingerprint of the model. The clips themselves are not in it.
+        """
+        fitted = self._current
+        about = {
+            "format_version": SUPPORT_FORMAT,
+            "labels": list(fitted.labels),
+            "unknown": fitted.unknown,
+            "unknown_is_auto": fitted.auto,
+            "temperature": self.temperature,
+            "clip_digests": list(fitted.digests),
+            "model": kept_model_id(self.model),
+            "revision": model_revision(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "fingerprint": fingerprint(self.model, self.image_processor),
+        }
+        write_support(folder, fitted.support, about)
+
+    def load(
+        self, folder_or_id: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+    ) -> "FewShotVideoClassificationPipeline":
+        """
+        Takes over a support set that [`save`] or [`push_to_hub`] wrote.
+
+        Args:
+            folder_or_id (`str` or `os.PathLike`): its folder, or the id of its repository on the Hub.
+            revision (`str`, *optional*): branch, tag or commit on the Hub.
+            token (`str` or `bool`, *optional*): for the Hub.
+
+        Raises:
+            FileNotFoundError: there is no such support set.
+            ValueError: it was made with another model, other weights or another preprocessing; both are named. Or a
+                file of it is damaged.
+        """
+        about, path = find_support(folder_or_id, revision, token)
+        found = fingerprint(self.model, self.image_processor)
+        if found != about["fingerprint"]:
+            made_with = f"{about['model'] or UNNAMED_MODEL} (revision {about['revision']}, {about['dtype']})"
+            raise ValueError(
+                f"the support set {os.fspath(folder_or_id)!r} was made with {made_with}, and this classifier has "
+                f"{kept_model_id(self.model) or UNNAMED_MODEL} (revision {model_revision(self.model)}, "
+                f"{str(self.model.dtype).removeprefix('torch.')}): weights, config or preprocessing differ, so the "
+                "kept features mean nothing here. Load that model, or fit again from the clips."
+            )
+        fitted = FittedSupport(
+            labels=tuple(about["labels"]),
+            support=read_support(about, path).to(self.device),
+            digests=tuple(about["clip_digests"]),
+            pixel_values=None,
+            unknown=check_unknown(about["unknown"], about["labels"]),
+            auto=about["unknown_is_auto"],
+        )
+        self.temperature = about["temperature"]
+        self._fitted = fitted
+        return self
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload support set",
+    ) -> CommitInfo:
+        """Uploads the support set (not the model) to a repository of its own, which is made if need be."""
+        fitted, api = self._current, HfApi(token=token)
+        model, numbers = kept_model_id(self.model), fitted.support.labels[0].tolist()
+        shots = {label: numbers.count(number) for number, label in enumerate(fitted.labels)}
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            card = support_card(repo_id, None if model is None or os.path.isabs(model) else model, shots)
+            Path(folder, "README.md").write_text(card, encoding="utf-8")
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_id: str | os.PathLike,
+        model: str | PreTrainedModel | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **kwargs,
+    ) -> "FewShotVideoClassificationPipeline":
+        """
+        A classifier from a kept support set, with the model that it was made with.
+
+        Args:
+            folder_or_id (`str` or `os.PathLike`): as in [`load`], with `revision` and `token`.
+            model (`str` or `PreTrainedModel`, *optional*): where the same model lies now, if it moved.
+            kwargs: for [`~transformers.pipeline`]; `dtype` is that of the support set if it is not given.
+        """
+        about, _ = find_support(folder_or_id, revision, token)
+        if model is None:
+            model = about["model"]
+            if not model or (os.path.isabs(model) and not os.path.isdir(model)):
+                raise FileNotFoundError(
+                    f"the model of {os.fspath(folder_or_id)!r} was {model or UNNAMED_MODEL}, which is not here: pass "
+                    "model= with the model, its folder or its id"
+                )
+            kwargs["revision"] = about["revision"]
+        if isinstance(model, (str, os.PathLike)):
+            kwargs.setdefault("dtype", about["dtype"])
+        classifier = pipeline(TASK, model=model, token=token, pipeline_class=cls, **kwargs)
+        return classifier.load(folder_or_id, revision, token)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Writes model and processor. ([`save`] writes the support set.)"""
+        # Not as the parent does, which would mark the checkpoint as one that needs remote code for its pipeline.
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.image_processor.save_pretrained(save_directory, **kwargs)
+
+    # Queries
+
+    def __call__(self, inputs: Any, **kwargs) -> list | Iterator:
+        """
+        Classifies videos.
+
+        Args:
+            inputs:
+                A video of any kind [`DmgalVideoProcessor`] takes, a list of them, a column of a `datasets.Dataset`; or
+                a generator or torch dataset, whose answers come one by one. A list of pictures is *one* video.
+            top_k (`int`, *optional*): the number of classes in an answer; by default all.
+            batch_size (`int`, *optional*): videos that go through the model together.
+            num_workers (`int`, *optional*): processes that read videos.
+
+        Returns:
+            For a video `[{"label": str, "score": float}, ...]`, best first; for several a list of these.
+
+        Raises:
+            ValueError: there are no classes yet, or `inputs` holds something that is no video.
+                `VideoDecodeError` for a video that cannot be read.
+        """
+        import datasets  # takes longer to import than all of dmgal_hf
+
+        self._current  # noqa: B018 - raises before fit
+        if isinstance(inputs, datasets.Dataset):
+            raise ValueError("give a column of the dataset, for example dataset['video']")
+        if isinstance(inputs, datasets.arrow_dataset.Column):
+            return list(super().__call__((video for video in undecoded_column(inputs)), **kwargs))
+        if isinstance(inputs, (types.GeneratorType, torch.utils.data.Dataset)):
+            return super().__call__(inputs, **kwargs)
+        videos = _list_videos(inputs, "videos")
+        answers = super().__call__([_Named(name, video) for name, video in videos.items()], **kwargs)
+        return answers[0] if list(videos) == ["videos"] else answers
+
+    def _sanitize_parameters(self, **parameters):
+        for name in parameters.keys() - {"top_k"}:
+            raise ValueError(f"unknown argument {name!r}; there are top_k, batch_size and num_workers")
+        if parameters.get("top_k") is not None:
+            _check_whole_number("top_k", parameters["top_k"])
+        return {}, {}, parameters  # top_k=None in a call takes back that of the pipeline
+
+    def preprocess(self, input_: Any) -> dict[str, torch.Tensor]:
+        named = input_ if isinstance(input_, _Named) else _Named("video", input_)
+        return {"pixel_values": self.image_processor._pixel_values({named.name: named.video})}
+
+    def _forward(self, model_inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        pixel_values = self._to_model(model_inputs["pixel_values"])[None]  # (1, Q, T, 3, H, W)
+        fitted = self._current
+        logits = self.model(query_pixel_values=pixel_values, support=fitted.support).logits[0]
+        # Answers may be asked for after the classes have changed. In an array, which is split by video as the logits.
+        return {"logits": logits, "fitted": np.full((len(logits), 1), fitted, dtype=object)}
+
+    def postprocess(self, model_outputs: dict[str, Any], top_k: int | None = None) -> list[dict[str, Any]]:
+        return self._answer(model_outputs["logits"][0], model_outputs["fitted"].item(), top_k)
+
+    def _answer(self, logits: torch.Tensor, fitted: FittedSupport, top_k: int | None) -> list[dict[str, Any]]:
+        self._check_finite(logits, "a video")
+        logits, labels = logits.double(), list(fitted.labels)
+        if fitted.unknown is not None:
+            logits, labels = torch.cat([logits, logits.new_tensor([-fitted.unknown])]), [*labels, UNKNOWN]
+        scores = (logits / self.temperature).softmax(0)
+        order = logits.argsort(descending=True, stable=True)[:top_k]
+        return [{"label": labels[number], "score": float(scores[number])} for number in order.tolist()]
+
+    # Streams
+
+    def stream(
+        self,
+        video: Any,
+        window: float = 2.0,
+        stride: float = 0.5,
+        format: str | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[StreamedLabel]:
+        """
+        Classifies a long or endless video as it goes, window by window. Window k begins `k · stride` seconds after the
+        first frame; of its T segments the frame shown at the centre is taken, and it is complete as soon as the last
+        of these T is there. A video shorter than a window is answered once, its last frame standing in for the rest.
+
+        Each frame is decoded once, and each that is taken is resized and goes through the backbone once, however many
+        windows share it: give a stride that is a multiple of window / T. (With MGA adapters, which compare
+        neighbouring frames, the backbone runs anew for every window.) Memory is that of `batch_size` windows, and
+        of as many more that a thread reads ahead of the model, but not where frames may have to be waited for: of a
+        camera, a device, a pipe or a URL. Raw H.264 without time stamps is taken to have 25 frames a second. The
+        classes may change between two windows: those that are in the batch already are answered by the old ones.
+
+        Args:
+            video: path, URL, bytes, binary file object, `{"path", "bytes"}` dict, the number of a camera, or whatever
+                FFmpeg opens with `format`.
+            window (`float`): seconds, at least 0.001.
+            stride (`float`): seconds from one window to the next, at least 0.001.
+            format (`str`, *optional*): FFmpeg's name of the input format, for devices: "v4l2", "dshow", ...
+            batch_size (`int`, *optional*):
+                Windows that go through the model together, which is faster and answers that much later. By default 8
+                for a file or bytes, whose frames wait for nobody, and 1 for a camera, a device, a pipe or a URL.
+
+        Yields:
+            [`StreamedLabel`] `(start, end, label, score)`.
+
+        Raises:
+            ValueError: there are no classes yet, or `window`, `stride` or `batch_size` is too small.
+            VideoDecodeError: what does not open, holds no video or is damaged; what came before is answered first.
+        """
+        self._current  # noqa: B018 - raises before fit
+        for name, seconds in (("window", window), ("stride", stride)):
+            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 1e-3 <= seconds < math.inf:
+                raise ValueError(f"{name} must be a number of seconds, at least 0.001, got {seconds!r}")
+        if batch_size is None:
+            batch_size = 1 if is_live(video, format) else 8
+        _check_whole_number("batch_size", batch_size)
+        window, stride = (Fraction(seconds).limit_denominator(10**6) for seconds in (window, stride))
+        num_frames = self.image_processor.num_frames
+        return self._stream(window_batches(video, format, window, stride, num_frames, batch_size, self._read_frame))
+
+    def _stream(self, batches: Generator[list[Window]]) -> Iterator[StreamedLabel]:
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield from self._label_windows(batch)
+
+    def _read_frame(self, picture: Picture) -> torch.Tensor:
+        clip = self.image_processor.resize_and_crop(picture.clip(), f"the frame of {picture.source}")
+        return self.image_processor.normalize(clip)[0]
+
+    def _label_windows(self, windows: list[Window]) -> Iterator[StreamedLabel]:
+        fitted = self._current
+        with torch.no_grad(), self.device_placement():
+            logits = window_logits(self.model, windows, fitted.support).cpu()
+        for window, of_window in zip(windows, logits):
+            best = self._answer(of_window, fitted, top_k=1)[0]
+            yield StreamedLabel(float(window.start), float(window.end), best["label"], best["score"])
+
+
+def _check_whole_number(name: str, value: int):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+__all__ = ["FewShotVideoClassificationPipeline", "StreamedLabel"]

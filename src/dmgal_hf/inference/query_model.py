@@ -1,0 +1,60 @@
+"""The query side of a [`DmgalModel`] with its supports built in: what is compiled, exported and deployed."""
+
+import torch
+from torch import nn
+
+from ..model.modeling_dmgal import DmgalModel, DmgalSupport
+
+
+class DmgalQueryModel(nn.Module):
+    """
+    Query videos in, logits out: a [`DmgalModel`] in eval mode and one kept support set, whose tensors are buffers.
+
+    Its forward pass has one input, one output and no branch that depends on values, so that `torch.compile` and
+    `torch.export` take it whole:
+
+    ```python
+    queries = classifier.fit(...).query_model()
+    pixel_values = classifier.image_processor(["query.mp4"]).pixel_values
+    fast = torch.compile(queries)
+    videos = torch.export.Dim("videos", min=1, max=64)  # any number of queries a call, or leave dynamic_shapes out
+    program = torch.export.export(queries, (pixel_values,), dynamic_shapes=({0: videos},))
+    torch.export.save(program, "queries.pt2")
+    ```
+
+    The program goes to ONNX as it is: `torch.onnx.export(queries, (pixel_values,), "queries.onnx", dynamo=True)`, with
+    `pip install onnx onnxscript`.
+
+    Args:
+        model ([`DmgalModel`] or `PeftModel` of one): the model; it is put into eval mode and shared, not copied.
+        support ([`DmgalSupport`]): kept supports of one episode.
+
+    Raises:
+        ValueError: the supports are those of several episodes.
+    """
+
+    def __init__(self, model: DmgalModel, support: DmgalSupport):
+        super().__init__()
+        if len(support.features) != 1:
+            raise ValueError(
+                f"the supports are those of {len(support.features)} episodes, and a DmgalQueryModel has one"
+            )
+        self.model = model
+        self.eval()
+        self.way = support.way
+        self.register_buffer("features", support.features)
+        self.register_buffer("labels", support.labels)
+        # Buffers have no dots in their names. The number of supports is no tensor: it decides what is computed.
+        self.num_support = support.states["num_support"].tolist() if "num_support" in support.states else None
+        self.state_names = [name for name in support.states if name != "num_support"]
+        for number, name in enumerate(self.state_names):
+            self.register_buffer(f"state_{number}", support.states[name])
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(Q, T, 3, H, W)` floating, as the processor gives them -> logits `(Q, N)` float32."""
+        states = {name: getattr(self, f"state_{number}") for number, name in enumerate(self.state_names)}
+        if self.num_support is not None:
+            states["num_support"] = torch.tensor(self.num_support)
+        support = DmgalSupport(self.features, self.labels, self.way, states)
+        pixel_values = pixel_values.to(self.model.dtype)[None]
+        return self.model(query_pixel_values=pixel_values, support=support).logits[0]

@@ -1,0 +1,304 @@
+"""The example clips of a few-shot classifier: read from what users give, checked, kept, and found again."""
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils.hub import extract_commit_hash
+
+from ..model.configuration_dmgal import DmgalConfig
+from ..model.modeling_dmgal import DmgalSupport
+from ..model.video_processing_dmgal import (
+    DmgalVideoProcessor,
+    DmgalVideoProcessorKwargs,
+    _list_videos,
+    undecoded_column,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+UNKNOWN = "unknown"
+SUPPORT_FILE, ABOUT_FILE = "support.safetensors", "support.json"
+SUPPORT_FORMAT = 1
+UNNAMED_MODEL = "a model that was never saved or got adapters afterwards"
+
+_ABOUT_FIELDS = ("labels", "unknown", "unknown_is_auto", "temperature", "clip_digests", "model", "revision", "dtype",
+                 "fingerprint")  # fmt: skip
+
+# Fields of DmgalConfig that change no feature, or hold what each version of transformers writes differently.
+_NOT_IN_FINGERPRINT = {"attention_dropout", "backbone_config", "format_version", "position_dropout",
+                       "score_temperature"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FittedSupport:
+    """
+    A support set of one episode: `labels` names its classes; the S clips of `support` have the `digests` (None for
+    arrays); `pixel_values` (S, T, 3, H, W) are kept only where leaving one out needs them. `unknown` is the threshold
+    on distances, and `auto` says that it comes from leaving one out.
+    """
+
+    labels: tuple[str, ...]
+    support: DmgalSupport
+    digests: tuple[str | None, ...]
+    pixel_values: torch.Tensor | None
+    unknown: float | None
+    auto: bool
+
+
+# Example clips
+
+
+def read_classes(support: Any, video_column: str, label_column: str) -> dict[str, dict[str, Any]]:
+    """For each label its videos, by the names that errors call them."""
+    import datasets  # takes longer to import than all of dmgal_hf
+
+    if isinstance(support, datasets.DatasetDict):
+        raise ValueError(f"`support` is a DatasetDict of the splits {list(support)}: give one of them")
+    if isinstance(support, datasets.Dataset):
+        support = _group_rows(support, video_column, label_column)
+    if not isinstance(support, Mapping):
+        raise ValueError(
+            f"`support` is a mapping of labels to videos or a datasets.Dataset, not a {type(support).__name__}"
+        )
+    if not support:
+        raise ValueError("`support` is empty: give at least one class")
+    for label in support:
+        if not isinstance(label, str):
+            raise ValueError(f"the label {label!r} is a {type(label).__name__}: labels are strings")
+    return {label: _list_videos(examples, f"support[{label!r}]") for label, examples in support.items()}
+
+
+def _group_rows(dataset: "datasets.Dataset", video_column: str, label_column: str) -> dict[str, list[Any]]:
+    import datasets
+
+    for name in (video_column, label_column):
+        if name not in dataset.column_names:
+            raise ValueError(f"the dataset has no column {name!r}; its columns are {dataset.column_names}")
+    feature, classes = dataset.features[label_column], {}
+    for row, (label, video) in enumerate(zip(dataset[label_column], undecoded_column(dataset[video_column]))):
+        for name, value in ((label_column, label), (video_column, video)):
+            if value is None or (isinstance(value, float) and math.isnan(value)):
+                raise ValueError(f"row {row} of the dataset has no {name}")
+        name = feature.int2str(label) if isinstance(feature, datasets.ClassLabel) else str(label)
+        classes.setdefault(name, []).append(video)
+    return classes
+
+
+def clip_digests(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
+    return {name: _digest(video) for videos in classes.values() for name, video in videos.items()}
+
+
+def _digest(video: Any) -> str | None:
+    """What tells whether two clips are the same video: a hash of the file's content, or of the address of others."""
+    if isinstance(video, Mapping):
+        video = video.get("path") if video.get("bytes") is None else video["bytes"]
+    if isinstance(video, (str, os.PathLike)):
+        path = os.fspath(video)
+        if os.path.isfile(path):
+            return _file_digest(path)
+        return hashlib.sha256((os.path.realpath(path) if os.path.exists(path) else path).encode()).hexdigest()
+    return hashlib.sha256(video).hexdigest() if isinstance(video, (bytes, bytearray, memoryview)) else None
+
+
+def _file_digest(path: str | os.PathLike) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def warn_of_repeats(classes: Mapping[str, Mapping[str, Any]], digests: Mapping[str, str | None], seen: dict[str, str]):
+    """`seen`: labels by the digests of clips that are there already."""
+    for label, videos in classes.items():
+        for name, video in videos.items():
+            digest = digests[name]
+            if digest is not None and seen.setdefault(digest, label) != label:
+                shown = os.fspath(video) if isinstance(video, (str, os.PathLike)) else name
+                warnings.warn(
+                    f"{shown} is an example of {label!r}, and the same video is one of {seen[digest]!r}: the two "
+                    "cannot be told apart by it",
+                    stacklevel=3,
+                )
+
+
+def numbered(support: DmgalSupport, numbers: list[int]) -> DmgalSupport:
+    labels = torch.tensor([numbers], device=support.labels.device)
+    return replace(support, labels=labels, way=max(numbers) + 1)
+
+
+def check_same_size(first: DmgalSupport, other: DmgalSupport):
+    sizes = [
+        {name: state.shape[-2] // part.features.shape[1] for name, state in part.states.items() if state.ndim > 1}
+        for part in (first, other)
+    ]
+    if sizes[0] != sizes[1] or first.features.shape[2:] != other.features.shape[2:]:
+        raise ValueError(
+            "the clips come out in different sizes: set do_center_crop=True of the processor, or give clips of one "
+            "size"
+        )
+
+
+def check_unknown(distance: Any, labels: Any, reserve: bool | None = None) -> float | None:
+    """`reserve`: whether the answer "unknown" is wanted, by default whether there is a distance."""
+    if distance is not None and not (_is_finite(distance) and distance >= 0):
+        raise ValueError(f"`unknown` is {distance!r}; allowed are 'auto' (in fit), a distance of 0 or more, or None")
+    if UNKNOWN in labels and (distance is not None if reserve is None else reserve):
+        raise ValueError(f"a class is called {UNKNOWN!r}, which the threshold on distances answers: rename the class")
+    return None if distance is None else float(distance)
+
+
+def check_temperature(value: Any) -> float:
+    if not (_is_finite(value) and value > 0):
+        raise ValueError(f"temperature must be a number above 0, got {value!r}")
+    return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# Models and kept support sets
+
+
+def load_processor(model: PreTrainedModel) -> DmgalVideoProcessor:
+    name = model_id(model)
+    if not name:
+        raise ValueError(
+            "the model does not come from a checkpoint, so there is no processor to go with it: pass "
+            "image_processor=DmgalVideoProcessor(...)."
+        )
+    try:
+        return DmgalVideoProcessor.from_pretrained(name, revision=model_revision(model))
+    except OSError as error:
+        raise ValueError(
+            f"{name} has no preprocessor_config.json: save its DmgalVideoProcessor there, or pass image_processor=."
+        ) from error
+
+
+def model_id(model: PreTrainedModel) -> str | None:
+    """Id or absolute folder of the checkpoint, None for a model that has none."""
+    name = getattr(model, "name_or_path", None)
+    return os.path.abspath(name) if name and os.path.isdir(name) else name or None
+
+
+def kept_model_id(model: PreTrainedModel) -> str | None:
+    """[`model_id`] if that checkpoint alone gives the model, None if adapters were put into it afterwards."""
+    # peft calls the model in itself by the name of the checkpoint; transformers' own load_adapter() marks the model.
+    changed = isinstance(model, PeftModel) or getattr(model.backbone, "_hf_peft_config_loaded", False)
+    return None if changed else model_id(model)
+
+
+def model_revision(model: PreTrainedModel) -> str | None:
+    """Commit of the checkpoint on the Hub; transformers no longer keeps it, and then it is that of the cached main."""
+    name = model_id(model)
+    if name is None or os.path.isabs(name):
+        return None
+    cached = try_to_load_from_cache(name, "config.json")
+    known = getattr(model.config, "_commit_hash", None)
+    return extract_commit_hash(cached if isinstance(cached, str) else None, known)
+
+
+def fingerprint(model: PreTrainedModel, processor: DmgalVideoProcessor) -> str:
+    """SHA-256 of all that the features of a clip depend on: weights, fields of the config and of the processor."""
+    fields = {name: getattr(model.config, name) for name in DmgalConfig.__annotations__.keys() - _NOT_IN_FINGERPRINT}
+    settings = {name: getattr(processor, name) for name in DmgalVideoProcessorKwargs.__annotations__}
+    digest = hashlib.sha256(json.dumps([fields, settings], sort_keys=True, default=str).encode())
+    weights = {name.removeprefix("base_model.model."): weight for name, weight in model.state_dict().items()}
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_support(folder: str | os.PathLike, support: DmgalSupport, about: dict[str, Any]):
+    """Both files of a kept support set. The second names the first by its hash, so they cannot be mixed up."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    support.save(folder / SUPPORT_FILE)
+    about = about | {"tensors": _file_digest(folder / SUPPORT_FILE)}
+    (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_support(about: dict[str, Any], path: Path) -> DmgalSupport:
+    """The tensors that `about` describes. Raises `ValueError` if they are damaged, or those of another support set."""
+    try:
+        support = DmgalSupport.load(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): fit again from the clips, and save") from error
+    # The hash is younger than the format.
+    same = "tensors" not in about or about["tensors"] == _file_digest(path)
+    if not same or (support.way, support.features.shape[1]) != (len(about["labels"]), len(about["clip_digests"])):
+        raise ValueError(
+            f"{path} and the {ABOUT_FILE} beside it are not of one support set: copy both files of a folder that "
+            "save() wrote, or fit again from the clips"
+        )
+    return support
+
+
+def find_support(
+    folder_or_id: str | os.PathLike, revision: str | None, token: str | bool | None
+) -> tuple[dict[str, Any], Path]:
+    """What `support.json` says, and the path of the tensors."""
+    name = os.fspath(folder_or_id)
+    if os.path.isdir(name):
+        about, tensors = Path(name, ABOUT_FILE), Path(name, SUPPORT_FILE)
+        missing = [path.name for path in (about, tensors) if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{name} holds no support set: {', '.join(missing)} is missing. save() writes it.")
+    else:
+        try:
+            about, tensors = (
+                Path(hf_hub_download(name, file, revision=revision, token=token))
+                for file in (ABOUT_FILE, SUPPORT_FILE)
+            )
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise FileNotFoundError(f"{name} is no folder and no support set on the Hub ({error})") from error
+    try:
+        fields = json.loads(about.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{about} is damaged ({error}): fit again from the clips, and save") from error
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if version != SUPPORT_FORMAT:
+        raise ValueError(
+            f"{about} has format version {version!r}; this release of dmgal_hf reads {SUPPORT_FORMAT}. Update it with "
+            "`pip install -U dmgal-hf`, or fit again."
+        )
+    missing = [name for name in _ABOUT_FIELDS if name not in fields]
+    if missing:
+        raise ValueError(f"{about} is damaged (no {missing[0]!r}): fit again from the clips, and save")
+    return fields, tensors
+
+
+def support_card(repo_id: str, base_model: str | None, shots: Mapping[str, int]) -> str:
+    """Model card of a pushed support set. `base_model`: the model's id on the Hub; `shots`: example clips a class."""
+    lines = ["---", "library_name: dmgal-hf", "pipeline_tag: video-classification", "tags:", "- few-shot-learning"]
+    lines += [f"base_model: {base_model}"] if base_model else []
+    lines += ["---", "", "# A few-shot video classifier", "", "| class | example clips |", "|---|---|"]
+    lines += [f"| {label} | {count} |" for label, count in shots.items()]
+    lines += [
+        "",
+        "```python",
+        "from dmgal_hf import FewShotVideoClassificationPipeline",
+        "",
+        f'clf = FewShotVideoClassificationPipeline.from_pretrained("{repo_id}")',
+        'clf("query.mp4")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""What queries need to know of the supports of an episode, computed once and kept."""
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+@dataclass(frozen=True)
+class DmgalSupport:
+    """
+    Everything a query needs to know of the supports of B episodes, computed once by [`DmgalModel.encode_support`].
+
+    Attributes:
+        features (`torch.FloatTensor` of shape `(B, S, T, D)`): frame descriptors.
+        labels (`torch.LongTensor` of shape `(B, S)`): classes 0..way-1.
+        way (`int`): number of classes N.
+        states (`dict[str, torch.Tensor]`): keys and values that the queries attend to. Each has the patches of all
+            supports, S·P, as its last axis but one; `num_support` `(B,)` is their number.
+    """
+
+    features: torch.Tensor
+    labels: torch.Tensor
+    way: int
+    states: dict[str, torch.Tensor]
+
+    def to(self, *args, **kwargs) -> "DmgalSupport":
+        """As [`torch.Tensor.to`]; a dtype applies to the floating tensors alone."""
+        features = self.features.to(*args, **kwargs)
+        states = {
+            name: state.to(*args, **kwargs) if state.is_floating_point() else state.to(features.device)
+            for name, state in self.states.items()
+        }
+        return replace(self, features=features, labels=self.labels.to(features.device), states=states)
+
+    def select(self, videos: list[int]) -> "DmgalSupport":
+        """The supports with these numbers, in this order; classes keep their numbers."""
+        index = torch.tensor(videos, device=self.features.device)
+        num_support = self.features.shape[1]
+        states = {
+            name: state.unflatten(-2, (num_support, -1)).index_select(-3, index).flatten(-3, -2)
+            for name, state in self.states.items()
+            if name != "num_support"
+        }
+        if "num_support" in self.states:
+            states["num_support"] = torch.full_like(self.states["num_support"], len(videos))
+        features, labels = self.features.index_select(1, index), self.labels.index_select(1, index)
+        return replace(self, features=features, labels=labels, states=states)
+
+    @classmethod
+    def cat(cls, parts: list["DmgalSupport"]) -> "DmgalSupport":
+        """All supports of `parts`, which belong to the same B episodes; classes keep their numbers."""
+        states = {
+            name: torch.cat([part.states[name] for part in parts], -2)
+            for name in parts[0].states
+            if name != "num_support"
+        }
+        if "num_support" in parts[0].states:
+            states["num_support"] = sum(part.states["num_support"] for part in parts)
+        features = torch.cat([part.features for part in parts], 1)
+        labels = torch.cat([part.labels for part in parts], 1)
+        return cls(features, labels, max(part.way for part in parts), states)
+
+    def save(self, path: str | os.PathLike):
+        """Writes a safetensors file."""
+        tensors = {"features": self.features, "labels": self.labels, **self.states}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, path, metadata={"format": "pt", "way": str(self.way)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "DmgalSupport":
+        """Reads what [`save`] wrote. Raises `ValueError` for another kind of safetensors file."""
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            way = (file.metadata() or {}).get("way")
+        if way is None or not {"features", "labels"} <= tensors.keys():
+            raise ValueError(f"{os.fspath(path)} holds no supports: write it with DmgalSupport.save().")
+        return cls(tensors.pop("features"), tensors.pop("labels"), int(way), tensors)

@@ -1,0 +1,578 @@
+"""DMGAL: few-shot action recognition with motion-guided attention (arXiv 2411.11335)."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .alignment import class_logits
+from .backbones import add_adapters, build_backbone, freeze_unread, has_adapters, load_backbone, train_adapters
+from .configuration_dmgal import DmgalConfig
+from .kept_supports import DmgalSupport
+from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer
+from .motion_adapters import SupportCache
+from .motion_attention import (
+    CrossMotionAttention,
+    CrossMotionKeys,
+    MixedMaps,
+    SelfMotionAttention,
+    TemporalChannelMixer,
+    channels_last,
+    patches,
+)
+
+# Vision towers whose last_hidden_state comes before their final norm; all others return it normalised.
+_FINAL_NORM_OUTSIDE = {"clip_vision_model", "metaclip_2_vision_model", "chinese_clip_vision_model"}
+
+
+@dataclass
+class DmgalOutput(ModelOutput):
+    """
+    Output of [`DmgalModel`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+            Cross entropy of the logits, mean over all queries of all episodes.
+        logits (`torch.FloatTensor` of shape `(B, Q, N)`):
+            Scores of the N classes of the episode: minus the mean distance to the supports of the class.
+        support_features (`torch.FloatTensor` of shape `(B, S, T, D)`):
+            Frame descriptors of the supports, as matched.
+        query_features (`torch.FloatTensor` of shape `(B, Q, T, D)`):
+            Frame descriptors of the queries, as matched.
+        attentions (`dict[str, torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
+            `query_self` `(B, Q, T, P, P)` and, unless kept supports were given, `support_self` `(B, S, T, P, P)` of
+            S-MGA; `cross` `(B, Q, T, P, S, P)` of C-MGA; all averaged over the directions, P patches a frame.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
+            Feature maps of the queries, `(B, Q, T, C, H, W)`: from the backbone, after S-MGA, after the mixer.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    support_features: torch.FloatTensor | None = None
+    query_features: torch.FloatTensor | None = None
+    attentions: dict[str, torch.FloatTensor] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+class DmgalPreTrainedModel(PreTrainedModel):
+    config_class = DmgalConfig
+    base_model_prefix = "dmgal"
+    main_input_name = "query_pixel_values"
+    input_modalities = ("video",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["SelfMotionAttention", "TemporalChannelMixer", "CrossMotionAttention"]
+
+    @classmethod
+    def get_init_context(cls, *args, **kwargs):
+        """Where transformers builds a model whose weights it is about to read: nothing is drawn at random there."""
+        return [*super().get_init_context(*args, **kwargs), init.no_init_weights()]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # As the authors: convolutions by their fan-out, both attentions switched off at first (gamma = 0).
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+            init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
+        elif isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if isinstance(module, nn.BatchNorm2d):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, SelfMotionAttention):
+            init.zeros_(module.gamma)
+        elif isinstance(module, CrossMotionAttention):
+            init.zeros_(module.gamma_self)
+            init.zeros_(module.gamma_cross)
+
+
+class DmgalModel(DmgalPreTrainedModel):
+    """
+    Classifies query videos among the classes of their episode, each given by a few support videos.
+
+    Args:
+        config ([`DmgalConfig`]): the configuration.
+        backbone (`PreTrainedModel`, *optional*): a vision model to build on; by default one is made from
+            `config.backbone_config`.
+    """
+
+    def __init__(self, config: DmgalConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
+        if backbone is not None:
+            for module in backbone.modules():
+                module._is_hf_initialized = True  # what is in it, also adapters, is not drawn anew by post_init()
+        freeze_unread(self.backbone)
+        if config.frame_pooling == "cls" and not CLASS_TOKENS.get(config.backbone_config.model_type):
+            raise ValueError(
+                f"frame_pooling='cls' needs a backbone with a class token, and {config.backbone_config.model_type!r} "
+                "has none that is known here: use frame_pooling='mean'."
+            )
+        self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
+        self.num_features = channels = _num_channels(config.backbone_config)
+        full = config.paradigm == "ft"
+        self.self_attention = SelfMotionAttention(config, channels) if full and config.self_motion_attention else None
+        self.mixer = TemporalChannelMixer(config.num_frames, channels) if full and config.mixer else None
+        self.cross_attention = (
+            CrossMotionAttention(config, channels) if full and config.cross_motion_attention else None
+        )
+        self.post_init()
+        self._adapter_parameters = frozenset()
+        if config.adapter_config is not None:
+            # After the initialisation above, which would give the adapters the backbone's random weights.
+            config.adapter_config = add_adapters(self.backbone, config.adapter_config)
+            named = self.backbone.named_parameters()
+            self._adapter_parameters = frozenset(name for name, parameter in named if parameter.requires_grad)
+        elif config.paradigm == "adapter":
+            self.backbone.requires_grad_(False)
+
+    def _freeze(self):
+        """Paradigm "adapter": what peft made trainable remains so, and nothing else."""
+        if self.config.paradigm == "adapter":
+            for name, parameter in self.backbone.named_parameters():
+                parameter.requires_grad_(name in self._adapter_parameters)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a frozen backbone comes back frozen, and adapters without weights are refused."""
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # transformers would leave them as the memory happened to be: the backbone cannot initialise them.
+        of_adapters = {f"backbone.{name}" for name in model._adapter_parameters}
+        lacking = sorted(of_adapters.intersection(report["missing_keys"]))
+        if lacking:
+            raise ValueError(
+                f"The checkpoint lacks weights of its adapters ({len(lacking)}): {', '.join(lacking[:3])} ..."
+            )
+        model._freeze()
+        return (model, report) if output_loading_info else model
+
+    @classmethod
+    def from_backbone(cls, backbone: str | os.PathLike | PreTrainedModel, **kwargs) -> "DmgalModel":
+        """
+        Starts from a pretrained image backbone.
+
+        Args:
+            backbone (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel` of one):
+                A model id, a folder, or a loaded transformers vision model. Of a model of several towers (CLIP,
+                SigLIP) the vision tower is taken.
+            kwargs:
+                Fields of [`DmgalConfig`].
+
+        Raises:
+            ValueError: the backbone has no known vision configuration.
+        """
+        if isinstance(backbone, PeftModel):
+            backbone = backbone.get_base_model()  # the adapters stay in it
+        if not isinstance(backbone, PreTrainedModel):
+            backbone = load_backbone(backbone)
+        elif hasattr(backbone, "vision_model") and hasattr(backbone.config, "vision_config"):
+            backbone = backbone.vision_model
+        attn_implementation = backbone.config._attn_implementation
+        config = DmgalConfig(backbone_config=backbone.config, **kwargs)
+        config._attn_implementation = attn_implementation  # a new config has none, and none for its parts
+        model = cls(config, backbone=backbone)
+        for name, part in model.named_children():
+            if name != "backbone":
+                part.to(backbone.dtype)
+        model.name_or_path = backbone.name_or_path  # what peft notes as the base model of an adapter
+        return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As in transformers. Raises `ValueError` for adapters that config.json would not describe."""
+        added_later = getattr(self.backbone, "_hf_peft_config_loaded", False)
+        if added_later or (self.config.adapter_config is None and has_adapters(self.backbone)):
+            raise ValueError(
+                "model.backbone has adapters of its own, which config.json does not describe: save them with the "
+                "PeftModel they were put in by, or, those of its own load_adapter() or add_adapter(), with "
+                f"model.backbone.save_pretrained({os.fspath(save_directory)!r})."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> "DmgalModel":
+        """As in torch, but a frozen backbone (paradigm "adapter") stays in eval mode: only its adapters train."""
+        super().train(mode)
+        if mode and self.config.paradigm == "adapter":
+            train_adapters(self.backbone)
+        return self
+
+    def encode_support(self, support_pixel_values: torch.Tensor, support_labels: torch.Tensor) -> DmgalSupport:
+        """
+        Computes everything about the supports that queries need, once.
+
+        Args:
+            support_pixel_values (`torch.FloatTensor` of shape `(B, S, T, 3, H, W)`): supports of B episodes.
+            support_labels (`torch.LongTensor` of shape `(B, S)`): their classes, 0..N-1, each at least once.
+
+        Returns:
+            [`DmgalSupport`] to be handed to [`forward`] as `support`.
+        """
+        return self._encode_support(support_pixel_values, support_labels)[0]
+
+    @property
+    def frames_are_independent(self) -> bool:
+        """Whether the backbone sees one frame at a time, so that [`encode_frames`] may be used."""
+        return not any(isinstance(module, MgaLayer) for module in self.backbone.modules())
+
+    @property
+    def has_cross_adapters(self) -> bool:
+        """Whether Cmga-Adapters sit in the backbone: a query is then encoded otherwise than a support."""
+        return any(isinstance(module, CmgaLayer) for module in self.backbone.modules())
+
+    def encode_frames(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        The backbone alone, for frames that several overlapping videos share.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(F, 3, H, W)`): frames, normalised by [`DmgalVideoProcessor`].
+
+        Returns:
+            `torch.FloatTensor` of shape `(F, C, h, w)`: feature maps, for [`score_windows`].
+
+        Raises:
+            ValueError: the backbone has adapters, which look at neighbouring frames.
+        """
+        if not self.frames_are_independent:
+            raise ValueError(
+                "encode_frames() needs a backbone that sees one frame at a time, but the MGA adapters in this one "
+                "compare neighbouring frames: pass whole videos to forward()."
+            )
+        return self._backbone_maps(pixel_values[None, :, None], SupportCache())
+
+    def score_windows(self, maps: torch.Tensor, starts: torch.Tensor, support: DmgalSupport) -> torch.Tensor:
+        """
+        Scores windows of one long video, each as [`forward`] does as a query by itself. S-MGA of a frame, like the
+        backbone before it, is computed once for all windows that share the frame and its neighbours.
+
+        Args:
+            maps (`torch.FloatTensor` of shape `(F, C, h, w)`): [`encode_frames`] of the frames of the video.
+            starts (`torch.LongTensor` of shape `(Q,)`): the first frame of each window; its T frames follow in `maps`.
+            support ([`DmgalSupport`]): kept supports of one episode.
+
+        Returns:
+            `torch.FloatTensor` of shape `(Q, N)`: the logits.
+
+        Raises:
+            ValueError: a window does not lie within the video, or the supports are those of several episodes.
+        """
+        episodes, _, num_frames = support.features.shape[:3]
+        if episodes != 1:
+            raise ValueError(f"score_windows() needs the supports of one episode, got those of {episodes}.")
+        if len(starts) == 0 or int(starts.min()) < 0 or int(starts.max()) + num_frames > len(maps):
+            raise ValueError(
+                f"starts must be between 0 and {len(maps) - num_frames}, as there are {len(maps)} frames and a window "
+                f"has {num_frames}; got {starts.tolist()}."
+            )
+        index = starts[:, None] + torch.arange(num_frames, device=starts.device)
+        if self.self_attention is not None:
+            maps = self.self_attention.over_windows(maps, index)
+        else:
+            maps = patches(channels_last(maps[None]))[index].transpose(2, 3).unflatten(3, maps.shape[-2:])
+        if self.mixer is not None:
+            maps = self._mix(maps, may_fold=not self.training)
+        query, _ = self._describe(maps if isinstance(maps, MixedMaps) else maps[None], support)
+        return self._match(query, support.features, support.labels, support.way)[0]
+
+    def leave_one_out(self, support: DmgalSupport, support_pixel_values: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Scores every support as a query of its episode without it; in eval mode only, as there is no dropout.
+
+        What is kept of the supports is enough where the backbone encodes queries as it does supports: motion and
+        values of a query are those of the support, and it reads the others'. Only with Cmga-Adapters the videos are
+        needed, and encoded once more.
+
+        Args:
+            support ([`DmgalSupport`]): kept supports of B episodes, at least two of every class.
+            support_pixel_values (`torch.FloatTensor` of shape `(B, S, T, 3, H, W)`, *optional*): their videos.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, S, N)`: the logits.
+
+        Raises:
+            ValueError: a class has one support, or the videos are missing.
+        """
+        if F.one_hot(support.labels, support.way).sum(1).min() < 2:
+            raise ValueError("leave_one_out() needs at least two supports of every class; one class has a single one.")
+        if self.has_cross_adapters and support_pixel_values is None:
+            raise ValueError(
+                "leave_one_out() needs support_pixel_values for a model with Cmga-Adapters: it encodes queries "
+                "otherwise than supports."
+            )
+        features, logits = support.features, []
+        if self.cross_attention is not None:
+            features = features + self.cross_attention.gamma_cross * _read_others(support)
+        for video in range(features.shape[1]):
+            others = [other for other in range(features.shape[1]) if other != video]
+            if self.has_cross_adapters:
+                query = support_pixel_values[:, video : video + 1]
+                logits.append(self(query_pixel_values=query, support=support.select(others)).logits)
+            else:
+                kept = support.features[:, others], support.labels[:, others]
+                logits.append(self._match(features[:, video : video + 1], *kept, support.way))
+        return torch.cat(logits, 1)
+
+    def forward(
+        self,
+        support_pixel_values: torch.FloatTensor | None = None,
+        support_labels: torch.LongTensor | None = None,
+        query_pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        support: DmgalSupport | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DmgalOutput | tuple:
+        """
+        Scores the queries of B episodes, each as if it were alone.
+
+        Args:
+            support_pixel_values (`torch.FloatTensor` of shape `(B, S, T, 3, H, W)`):
+                Support videos, normalised by [`DmgalVideoProcessor`].
+            support_labels (`torch.LongTensor` of shape `(B, S)`):
+                Their classes, 0..N-1. Any way and shot; classes may have different numbers of shots.
+            query_pixel_values (`torch.FloatTensor` of shape `(B, Q, T, 3, H, W)`):
+                Query videos.
+            labels (`torch.LongTensor` of shape `(B, Q)`, *optional*):
+                Classes of the queries, for the loss.
+            support ([`DmgalSupport`], *optional*):
+                Supports from [`encode_support`], in place of the first two arguments.
+            output_attentions (`bool`, *optional*): also return the attention maps.
+            output_hidden_states (`bool`, *optional*): also return the feature maps of the queries.
+            return_dict (`bool`, *optional*): `False` returns a plain tuple.
+
+        Raises:
+            ValueError: a shape, a dtype, a label or a number of frames does not fit; the message says which.
+        """
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if query_pixel_values is None:
+            raise ValueError("query_pixel_values is missing: pass the query videos, (B, Q, T, 3, H, W).")
+        if (support is None) == (support_pixel_values is None):
+            raise ValueError(
+                "Pass either support_pixel_values with support_labels, or support from encode_support(): got "
+                f"{'neither' if support is None else 'both'}."
+            )
+        attentions = {}
+        if support is None:
+            support, attention = self._encode_support(support_pixel_values, support_labels)
+            attentions["support_self"] = attention
+        self._check_query(query_pixel_values, labels, support)
+
+        cache = SupportCache.from_tensors({k: v for k, v in support.states.items() if not k.startswith("cross.")})
+        maps, attentions["query_self"], hidden_states = self._encode_videos(
+            self._video_maps(query_pixel_values, cache), may_fold=not (self.training or output_hidden_states)
+        )
+        query_features, attentions["cross"] = self._describe(maps, support, output_attentions)
+        logits = self._match(query_features, support.features, support.labels, support.way)
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        attentions = {name: attention for name, attention in attentions.items() if attention is not None}
+        output = DmgalOutput(
+            loss=loss,
+            logits=logits,
+            support_features=support.features,
+            query_features=query_features,
+            attentions=attentions if output_attentions else None,
+            hidden_states=hidden_states if output_hidden_states else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _match(self, query: torch.Tensor, support: torch.Tensor, labels: torch.Tensor, way: int) -> torch.Tensor:
+        config = self.config
+        return class_logits(
+            query, support, labels, way, config.alignment, config.cosine_epsilon, config.otam_smoothing
+        )
+
+    def _encode_support(self, pixel_values, labels):
+        self._check_support(pixel_values, labels)
+        cache = SupportCache()
+        maps, attention, _ = self._encode_videos(self._video_maps(pixel_values, cache))
+        states = cache.tensors()
+        if self.cross_attention is not None:
+            features, keys = self.cross_attention.encode_support(maps)
+            states |= {"cross.motion": keys.motion, "cross.values": keys.values}
+        else:
+            features = maps.mean((-1, -2))
+        way = int(labels.max()) + 1
+        return DmgalSupport(features, labels, way, states), attention
+
+    def _video_maps(self, pixel_values: torch.Tensor, cache: SupportCache) -> torch.Tensor:
+        """
+        (B, V, T, 3, H, W) -> the backbone's maps (B, V, T, C, h, w).
+
+        A video's do not depend on its episode, but where Cmga-Adapters sit in the backbone: with an empty cache the
+        videos are supports and fill it, else they are queries and read it.
+        """
+        return self._backbone_maps(pixel_values, cache).unflatten(0, pixel_values.shape[:3])
+
+    def _encode_videos(self, maps: torch.Tensor, may_fold: bool = False):
+        """
+        The backbone's maps (B, V, T, C, h, w) -> the last maps, the attention of S-MGA, the maps of every stage. With
+        `may_fold` the last maps are the mixer's `MixedMaps`, not kept as a stage, where C-MGA is faster with them.
+        """
+        batch, maps = maps.shape[:2], maps.flatten(0, 1)
+        hidden_states = [maps]
+        attention = None
+        if self.self_attention is not None:
+            maps, attention = self.self_attention(maps)
+            attention = attention.unflatten(0, batch)
+            hidden_states.append(maps)
+        if self.mixer is not None:
+            maps = self._mix(maps, may_fold)
+            if isinstance(maps, MixedMaps):
+                return maps, attention, ()
+            hidden_states.append(maps)
+        return maps.unflatten(0, batch), attention, tuple(state.unflatten(0, batch) for state in hidden_states)
+
+    def _mix(self, maps: torch.Tensor, may_fold: bool) -> torch.Tensor | MixedMaps:
+        fold = may_fold and self.cross_attention is not None and self.cross_attention.prefers_mixed(maps.shape[1:])
+        return self.mixer.mix(maps) if fold else self.mixer(maps)
+
+    def _describe(
+        self, maps: torch.Tensor | MixedMaps, support: DmgalSupport, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Frame descriptors of queries, (B, Q, T, D), and the attention of C-MGA, `None` without."""
+        if self.cross_attention is None:
+            return maps.mean((-1, -2)), None
+        keys = CrossMotionKeys(support.states["cross.motion"], support.states["cross.values"])
+        return self.cross_attention.describe(maps, keys, output_attentions)
+
+    def _backbone_maps(self, pixel_values: torch.Tensor, cache: SupportCache) -> torch.Tensor:
+        """(B, V, T, 3, H, W) -> feature maps (B·V·T, C, h, w); a class token as descriptor is a map of one patch."""
+        config = self.config.backbone_config
+        episodes, videos, num_frames = pixel_values.shape[:3]
+        size = tuple(pixel_values.shape[-2:])
+        patch = _pair(getattr(config, "patch_size", 1))
+        grid = (size[0] // patch[0], size[1] // patch[1])
+        kwargs = {}
+        if any(isinstance(module, MgaLayer) for module in self.backbone.modules()):
+            num_support = (0 if len(cache) else videos,) * episodes
+            kwargs = {"num_frames": num_frames, "num_support": num_support, "patch_grid": grid, "support_cache": cache}
+        if getattr(config, "image_size", None) is not None and size != _pair(config.image_size):
+            kwargs["interpolate_pos_encoding"] = True
+        # Convolutions hand the layout of their input on, and are faster in this one.
+        frames = pixel_values.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+        hidden_states = self.backbone(pixel_values=frames, **kwargs).last_hidden_state
+        if hidden_states.dim() == 4:
+            return hidden_states
+        if config.model_type in _FINAL_NORM_OUTSIDE:
+            hidden_states = self.backbone.post_layernorm(hidden_states)
+        if self.config.frame_pooling == "cls":
+            return hidden_states[:, 0, :, None, None]
+        num_prefix_tokens = hidden_states.shape[1] - grid[0] * grid[1]
+        if num_prefix_tokens < 0:
+            raise ValueError(
+                f"the backbone {config.model_type!r} returns {hidden_states.shape[1]} tokens for {grid[0]} x "
+                f"{grid[1]} patches: choose one that keeps a token a patch (ViT, CLIP, DINOv2, SigLIP), or a ResNet."
+            )
+        return hidden_states[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid)
+
+    def _check_videos(self, name: str, pixel_values: torch.Tensor):
+        if pixel_values.dim() != 6 or pixel_values.shape[3] != 3:
+            raise ValueError(
+                f"{name} must have the shape (episodes, videos, frames, 3, height, width), got "
+                f"{tuple(pixel_values.shape)}. A single episode needs a leading 1."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating, got {pixel_values.dtype}: prepare it with the video processor."
+            )
+        if 0 in pixel_values.shape:
+            raise ValueError(f"{name} is empty: its shape is {tuple(pixel_values.shape)}.")
+        if self.mixer is not None and pixel_values.shape[2] != self.config.num_frames:
+            raise ValueError(
+                f"{name} has {pixel_values.shape[2]} frames a video, but the mixer of this model is made for "
+                f"num_frames={self.config.num_frames}."
+            )
+
+    def _check_support(self, pixel_values: torch.Tensor, labels: torch.Tensor | None):
+        self._check_videos("support_pixel_values", pixel_values)
+        _check_labels("support_labels", labels, pixel_values)
+        if torch.compiler.is_compiling():
+            return
+        if int(labels.min()) < 0:
+            raise ValueError(f"support_labels must be 0 or more, got {int(labels.min())}.")
+        present = F.one_hot(labels).any(1)  # (B, N)
+        if not present.all():
+            episode, missing = (~present).nonzero()[0].tolist()
+            raise ValueError(
+                f"support_labels must use every class from 0 to {present.shape[1] - 1}: episode {episode} has no "
+                f"support of class {missing}. Number its classes without gaps."
+            )
+
+    def _check_query(self, pixel_values: torch.Tensor, labels: torch.Tensor | None, support: DmgalSupport):
+        self._check_videos("query_pixel_values", pixel_values)
+        episodes, _, num_frames = support.features.shape[:3]
+        if (pixel_values.shape[0], pixel_values.shape[2]) != (episodes, num_frames):
+            raise ValueError(
+                f"query_pixel_values has {pixel_values.shape[0]} episodes of {pixel_values.shape[2]} frames a video, "
+                f"the supports have {episodes} of {num_frames}: both must agree."
+            )
+        if labels is None:
+            return
+        _check_labels("labels", labels, pixel_values)
+        if torch.compiler.is_compiling():
+            return
+        lowest, highest = int(labels.min()), int(labels.max())
+        if lowest < 0 or highest >= support.way:
+            raise ValueError(
+                f"labels must lie in 0..{support.way - 1}, the classes of the supports, got {lowest}..{highest}."
+            )
+
+
+def _read_others(support: DmgalSupport) -> torch.Tensor:
+    """What the supports, as queries of C-MGA, read of each other: (B, S, T, C), the mean over their patches."""
+    motion, values = support.states["cross.motion"], support.states["cross.values"]
+    num_support, read = support.features.shape[1], []
+    for video, own in enumerate(motion.chunk(num_support, -2)):
+        scores = own / math.sqrt(motion.shape[-1]) @ motion.transpose(-1, -2)  # (directions, B, T, P, S·P)
+        scores = scores.unflatten(-1, (num_support, -1))
+        scores[..., video, :] = -math.inf
+        attention = scores.flatten(-2).softmax(-1).mean(0).mean(2, keepdim=True)  # (B, T, 1, S·P)
+        read.append((attention @ values).transpose(1, 2))
+    return torch.cat(read, 1)
+
+
+def _check_labels(name: str, labels: torch.Tensor | None, pixel_values: torch.Tensor):
+    shape = tuple(pixel_values.shape[:2])
+    if labels is None:
+        raise ValueError(f"{name} is missing: pass one class number a video, shape {shape}.")
+    if tuple(labels.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape}, one a video, got {tuple(labels.shape)}.")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {labels.dtype}.")
+
+
+def _pair(size: int | list | tuple) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _num_channels(backbone_config: PreTrainedConfig) -> int:
+    if hasattr(backbone_config, "hidden_sizes"):
+        return backbone_config.hidden_sizes[-1]
+    if hasattr(backbone_config, "hidden_size"):
+        return backbone_config.hidden_size
+    raise ValueError(
+        f"backbone_config of type {backbone_config.model_type!r} has neither hidden_size nor hidden_sizes: choose a "
+        "transformers vision model such as ResNet, ViT, CLIP vision, DINOv2, DINOv3 or SigLIP vision."
+    )
+
+
+__all__ = ["DmgalModel", "DmgalOutput", "DmgalPreTrainedModel", "DmgalSupport"]

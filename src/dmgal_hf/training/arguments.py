@@ -1,0 +1,292 @@
+"""Command lines of the scripts: dataclass fields from a YAML file, overridden by `--field value`."""
+
+import argparse
+import difflib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import CONFIG_MAPPING, HfArgumentParser
+
+from ..data.splits import BENCHMARKS
+
+
+@dataclass
+class DataArguments:
+    """Which videos, and how they are read."""
+
+    dataset: str = field(
+        default="motion_shapes",
+        metadata={"help": f"motion_shapes, folder, or a benchmark: {', '.join(BENCHMARKS)}."},
+    )
+    videos: str | None = field(
+        default=None, metadata={"help": "Folder of the videos, or one zip of it (benchmarks and folder)."}
+    )
+    splits: str | None = field(default=None, metadata={"help": "Folder of the split lists; fetched when not given."})
+    class_labels: list[str] | None = field(
+        default=None,
+        metadata={"help": "Label files of Something-Something V2 (train.json validation.json), to name its classes."},
+    )
+    prepared: str | None = field(
+        default=None,
+        metadata={"help": "A folder of scripts/prepare_data.py, which replaces dataset, videos and splits."},
+    )
+    allow_missing: bool = field(default=False, metadata={"help": "Go on without the videos that are not there."})
+    preset: str = field(default="plain", metadata={"help": "Motion shapes: plain or textured."})
+    clips_per_class: int = field(default=40, metadata={"help": "Motion shapes: clips a class."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Motion shapes: where the clips are kept."})
+    resize: int = field(default=256, metadata={"help": "Short side of the frames, in pixels."})
+    crop_size: int = field(default=224, metadata={"help": "Side of the square that is cut out, in pixels."})
+    image_mean: float | None = field(
+        default=None, metadata={"help": "Mean of all channels; by default that of the pretrained backbone, else 0.45."}
+    )
+    image_std: float | None = field(
+        default=None, metadata={"help": "Their standard deviation; by default the backbone's, else 0.225."}
+    )
+    num_workers: int = field(default=2, metadata={"help": "Processes that read videos, a training process."})
+
+
+@dataclass
+class ModelArguments:
+    """The model: fields of DmgalConfig, and where the backbone comes from."""
+
+    backbone: str | None = field(default=None, metadata={"help": "Model id or folder of a pretrained backbone."})
+    backbone_config: dict | str | None = field(
+        default=None, metadata={"help": "Config of a backbone that starts from random weights, as YAML or JSON."}
+    )
+    paradigm: str = field(default="ft", metadata={"help": "ft or adapter."})
+    motion_attention: bool = field(
+        default=True, metadata={"help": "false switches S-MGA, mixer and C-MGA off, all three."}
+    )
+    self_motion_attention: bool = field(default=True, metadata={"help": "S-MGA."})
+    mixer: bool = field(default=True, metadata={"help": "The temporal and channel mixer."})
+    cross_motion_attention: bool = field(default=True, metadata={"help": "C-MGA."})
+    motion_directions: str = field(default="both", metadata={"help": "both, forward or backward."})
+    motion_scales: list[str] = field(default_factory=lambda: ["half", "full"], metadata={"help": "Motion scales."})
+    motion_reduction: int = field(default=8, metadata={"help": "Channel reduction of the motion features."})
+    num_frames: int = field(default=8, metadata={"help": "Frames a video."})
+    alignment: str = field(default="bi_mhm", metadata={"help": "bi_mhm, otam or mean."})
+    frame_pooling: str = field(default="mean", metadata={"help": "mean or cls."})
+    adapter_config: dict | str | None = field(
+        default=None, metadata={"help": "Adapters of paradigm adapter, as YAML or JSON; see DmgalConfig."}
+    )
+
+    def __post_init__(self):
+        for name in ("backbone_config", "adapter_config"):
+            if isinstance(getattr(self, name), str):
+                try:
+                    setattr(self, name, yaml.safe_load(getattr(self, name)))
+                except yaml.YAMLError as error:
+                    raise ValueError(f"{name}={getattr(self, name)!r} is no YAML or JSON ({error})") from error
+        if self.backbone is not None and self.backbone_config is not None:
+            raise ValueError("give backbone (pretrained) or backbone_config (random weights), not both")
+        if self.backbone is not None and Path(self.backbone).is_dir():
+            self.backbone = os.path.abspath(self.backbone)  # relative, it could be taken for a repository later
+        if isinstance(self.backbone_config, dict):
+            _check_backbone_config(self.backbone_config)
+
+    def config_fields(self) -> dict[str, Any]:
+        """Fields for [`DmgalConfig`], without the backbone."""
+        switches = ("self_motion_attention", "mixer", "cross_motion_attention")
+        names = ("paradigm", "motion_directions", "motion_scales", "motion_reduction", "num_frames", "alignment",
+                 "frame_pooling", "adapter_config")  # fmt: skip
+        return {
+            **{name: getattr(self, name) and self.motion_attention for name in switches},
+            **{name: getattr(self, name) for name in names},
+        }
+
+
+@dataclass
+class TrainArguments:
+    """Episodes, optimisation and output."""
+
+    output_dir: str = field(default="runs/dmgal", metadata={"help": "Folder for the checkpoint and its records."})
+    seed: int = field(default=0, metadata={"help": "Of everything that is drawn."})
+    way: int = field(default=5, metadata={"help": "Classes an episode."})
+    shot: int = field(default=1, metadata={"help": "Supports a class."})
+    query: int = field(default=3, metadata={"help": "Training queries a class."})
+    num_episodes: int = field(default=500, metadata={"help": "Training episodes."})
+    episodes_per_step: int = field(
+        default=1, metadata={"help": "Episodes a step of the optimizer, over all processes."}
+    )
+    episodes_per_forward: int = field(default=1, metadata={"help": "Episodes a forward pass of a process."})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw or sgd."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
+    momentum: float = field(default=0.0, metadata={"help": "Momentum of sgd."})
+    lr_scheduler: str = field(default="cosine", metadata={"help": "A schedule of transformers.get_scheduler."})
+    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps that warm up."})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "Clip gradients to this norm."})
+    class_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of an extra loss that names the base class of every clip."}
+    )
+    augment: bool = field(default=True, metadata={"help": "The method's colour jitter, gray and erasing of queries."})
+    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the queries."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
+    validate_every: int = field(default=100, metadata={"help": "Training episodes between validations."})
+    validation_episodes: int = field(default=100, metadata={"help": "Episodes a validation."})
+    test_episodes: int = field(default=200, metadata={"help": "Test episodes at the end; 0 leaves the test out."})
+    test_query: int = field(default=1, metadata={"help": "Queries a class in validation and test."})
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads of a process that trains on the CPU (accelerate launch gives it 1)."}
+    )
+    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
+    max_bad_steps: int = field(
+        default=5,
+        metadata={"help": "A step with a loss that is not finite is left out; so many in a row stop the run."},
+    )
+    max_broken: float = field(
+        default=0.01, metadata={"help": "Share of unreadable training videos above which the run stops."}
+    )
+    checkpoint_every: int = field(default=500, metadata={"help": "Training episodes between resumable states."})
+    keep_checkpoints: int = field(default=2, metadata={"help": "Resumable states that are kept."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest resumable state in output_dir."})
+    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, trackio or none."})
+
+    def __post_init__(self):
+        positive = ("num_episodes", "episodes_per_step", "episodes_per_forward", "validate_every", "checkpoint_every",
+                    "keep_checkpoints", "max_bad_steps", "validation_episodes")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.test_episodes < 0:
+            raise ValueError(f"test_episodes must be at least 0, got {self.test_episodes}.")
+        if self.lr_scheduler == "reduce_lr_on_plateau":
+            raise ValueError("lr_scheduler reduce_lr_on_plateau needs a validation every step: choose another.")
+        if self.num_episodes % self.episodes_per_step:
+            raise ValueError(
+                f"num_episodes must be a multiple of episodes_per_step={self.episodes_per_step}, "
+                f"got {self.num_episodes}."
+            )
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer must be adamw or sgd, got {self.optimizer!r}.")
+        if self.report_to not in ("tensorboard", "wandb", "trackio", "none"):
+            raise ValueError(f"report_to must be tensorboard, wandb, trackio or none, got {self.report_to!r}.")
+        _check_precision(self.mixed_precision)
+
+
+@dataclass
+class EvaluateArguments:
+    """What is evaluated."""
+
+    model: str = field(metadata={"help": "Folder or id of a checkpoint, or of an image backbone (a baseline)."})
+    split: str = field(default="test", metadata={"help": "Split of the dataset: train, validation or test."})
+    way: int = field(default=5, metadata={"help": "Classes an episode."})
+    shot: list[int] = field(default_factory=lambda: [1], metadata={"help": "Supports a class; several are allowed."})
+    query: int = field(default=1, metadata={"help": "Queries a class."})
+    num_episodes: int = field(default=10_000, metadata={"help": "Episodes."})
+    seed: int = field(default=0, metadata={"help": "Of the episodes."})
+    episodes: str | None = field(
+        default=None, metadata={"help": "Folder, file or id of an episode list, in place of the five fields above."}
+    )
+    episodes_per_forward: int = field(default=1, metadata={"help": "Episodes a forward pass of a process."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
+    json: str | None = field(default=None, metadata={"help": "File for the results."})
+
+    def __post_init__(self):
+        if not self.shot:
+            raise ValueError("shot is empty: give at least one number of supports a class.")
+        for name in ("way", "query", "num_episodes", "episodes_per_forward"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        _check_precision(self.mixed_precision)
+
+
+def _check_backbone_config(config: dict[str, Any]):
+    """A mistyped key would go into the config of the backbone unread."""
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"backbone_config has model_type {config.get('model_type')!r}, which transformers does not know: give "
+            "that of a vision model, for example resnet."
+        )
+    known = [*CONFIG_MAPPING[config["model_type"]]().to_dict(), *CONFIG_MAPPING[config["model_type"]].attribute_map]
+    for name in config:
+        if name not in known:
+            raise ValueError(
+                f"backbone_config has the unknown field {name!r} for {config['model_type']!r}.{_nearest(name, known)}"
+            )
+
+
+def _check_precision(mixed_precision: str):
+    if mixed_precision not in ("no", "fp16", "bf16"):
+        raise ValueError(f"mixed_precision must be no, fp16 or bf16, got {mixed_precision!r}.")
+
+
+def parse_arguments(
+    classes: tuple[type, ...], argv: list[str] | None = None, default_config: str | Path | None = None
+) -> tuple[Any, ...]:
+    """
+    Reads one instance of each dataclass from `--config FILE.yaml` (a flat mapping of field names) and the options
+    `--field value`, which win.
+
+    Args:
+        classes (`tuple[type, ...]`): dataclasses without a field name in common.
+        argv (`list[str]`, *optional*): the command line without the program, by default that of the process.
+        default_config (`str` or `Path`, *optional*): the file that is read where `--config` is not given.
+
+    Raises:
+        ValueError: an unknown field, with the nearest known one; or a file that holds no mapping.
+        FileNotFoundError: there is no such file.
+    """
+    parser = HfArgumentParser(classes, allow_abbrev=False)
+    parser.add_argument("--config", default=default_config, help="YAML file of fields; options override it.")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default=default_config)
+    config = finder.parse_known_args(argv)[0].config
+    # Not the types of the fields themselves, which HfArgumentParser changes.
+    hints = [get_type_hints(group) for group in classes]
+    known = {
+        field.name: types[field.name] for group, types in zip(classes, hints) for field in fields(group) if field.init
+    }
+    for action in parser._actions:
+        if action.nargs == "+":
+            action.nargs = "*"
+        elif type(None) in get_args(known.get(action.dest)):
+            action.type = partial(_none_or, action.type)
+    if config is not None:
+        values = _read_yaml(Path(config))
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(f"{config} has the unknown field {name!r}.{_nearest(str(name), known)}")
+            if not _fits(value, known[name]):
+                kind = getattr(known[name], "__name__", known[name])
+                raise ValueError(f"{config} has {name}={value!r}, which must be {kind}.")
+        parser.set_defaults(**values)
+    *instances, _, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if rest:
+        name = rest[0].lstrip("-").split("=")[0]
+        raise ValueError(f"unknown option {rest[0]!r}.{_nearest(name, [*known, 'config'])}")
+    return tuple(instances)
+
+
+def _none_or(kind: Callable[[str], Any], text: str) -> Any:
+    """`null` on the command line unsets what a config file has set."""
+    return None if text == "null" else kind(text)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from YAML is of the type of its field; text is for argparse to convert."""
+    kinds = [get_origin(one) or one for one in (get_args(kind) if isinstance(kind, UnionType) else (kind,))]
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (str, *kinds)) or (isinstance(value, int) and float in kinds)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {path}: give --config the path of a YAML file")
+    values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of field names to values, got {type(values).__name__}.")
+    return values
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known fields: {', '.join(sorted(known))}."

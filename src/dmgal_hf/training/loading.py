@@ -1,0 +1,28 @@
+"""The dataset that a command line names."""
+
+from datasets import DatasetDict
+
+from ..data.benchmarks import load_benchmark, load_video_folder
+from ..data.motion_shapes import load_motion_shapes
+from ..data.preparation import load_prepared
+from ..data.splits import BENCHMARKS
+from .arguments import DataArguments
+
+
+def load_videos(arguments: DataArguments) -> DatasetDict:
+    """The dataset that `arguments` name, with splits `train`, `validation` and `test` of disjoint classes."""
+    if arguments.prepared is not None:
+        return load_prepared(arguments.prepared, arguments.resize)
+    if arguments.dataset == "motion_shapes":
+        return load_motion_shapes(arguments.preset, arguments.clips_per_class, cache_dir=arguments.cache_dir)
+    if arguments.dataset != "folder" and arguments.dataset not in BENCHMARKS:
+        raise ValueError(
+            f"dataset must be motion_shapes, folder or one of {', '.join(BENCHMARKS)}, got {arguments.dataset!r}."
+        )
+    if arguments.videos is None:
+        raise ValueError(f"dataset {arguments.dataset!r} needs videos: the folder or zip archive that holds them.")
+    if arguments.dataset == "folder":
+        return load_video_folder(arguments.videos)
+    return load_benchmark(
+        arguments.dataset, arguments.videos, arguments.splits, arguments.class_labels, arguments.allow_missing
+    )

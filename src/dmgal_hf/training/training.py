@@ -1,0 +1,118 @@
+"""Episodic training of DMGAL with Accelerate: what scripts/train.py runs."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from transformers import AutoModel, AutoProcessor
+
+from ..data import EpisodeSource
+from ..data.preparation import prepared_source
+from .arguments import DataArguments, ModelArguments, TrainArguments
+from .checkpoints import (
+    StopSignal,
+    keep_others_out,
+    list_checkpoints,
+    replace_file,
+)
+from .evaluation import format_accuracy
+from .loading import load_videos
+from .training_run import TrainingRun, build_accelerator
+
+logger = get_logger(__name__)
+
+
+def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments) -> dict[str, Any]:
+    """
+    Trains on the base classes, keeps the model that is best on the validation classes, and tests it on novel ones.
+
+    The run is a pure function of its arguments: every episode, every augmentation and every dropout mask is drawn
+    from the seed and the number of the episode, whatever the number of processes and workers, and whether the run was
+    interrupted or not.
+
+    Writes into `output_dir`: the model and its processor, `config.yaml`, `metrics.json`, a model card, `checkpoints/`.
+
+    Args:
+        data ([`DataArguments`]): which videos.
+        model ([`ModelArguments`]): which model.
+        arguments ([`TrainArguments`]): how it is trained.
+
+    Returns:
+        `dict`: what metrics.json holds.
+
+    Raises:
+        ValueError: arguments that do not fit each other, the data or the number of processes.
+        RuntimeError: too many steps in a row without a finite loss, or too many unreadable videos.
+        SystemExit: SIGTERM or Ctrl-C, after a resumable state was written.
+    """
+    if arguments.cpu_threads is not None:
+        torch.set_num_threads(arguments.cpu_threads)
+    accelerator = build_accelerator(arguments)
+    output_dir = Path(arguments.output_dir)
+    if list_checkpoints(output_dir) and not arguments.resume:
+        raise ValueError(
+            f"{output_dir} holds the states of an earlier run: go on with --resume, give another output_dir, or "
+            "remove that folder."
+        )
+    with accelerator.local_main_process_first():
+        videos = load_videos(data)
+    fields = run_fields(data, model, arguments)
+    for split in ("train", "validation", *(["test"] if arguments.test_episodes else [])):
+        if split not in videos:
+            raise ValueError(
+                f"the dataset has no split {split!r}, only {', '.join(videos)}: add it (test_episodes=0 does without "
+                "a test split)."
+            )
+    with keep_others_out(output_dir, accelerator):
+        run = TrainingRun(accelerator, data, model, arguments, videos, fields)
+        if accelerator.is_main_process:
+            replace_file(output_dir / "config.yaml", yaml.safe_dump(fields, sort_keys=False))
+        accelerator.init_trackers("dmgal", {name: str(value) for name, value in fields.items()})
+        with StopSignal() as stop:
+            run.train(stop)
+        metrics = run.finish()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    # Before the process group: a DistributedDataParallel that outlives it waits for gloo's thread, which waits for the
+    # interpreter (torch 2.13). The group itself stays, for another run in this process.
+    del run
+    accelerator.free_memory()
+    return metrics
+
+
+def run_fields(data: DataArguments, model: ModelArguments, arguments: TrainArguments) -> dict[str, Any]:
+    """All arguments of a run in one mapping, as config.yaml has them; the dataset is what a prepared folder is of."""
+    fields = {**asdict(data), **asdict(model), **asdict(arguments)}
+    return fields | (prepared_source(data.prepared) if data.prepared is not None else {})
+
+
+def describe_result(data: DataArguments, model: ModelArguments, arguments: TrainArguments):
+    """Shows what a finished run left behind: loads it through the Auto classes and lets it name one novel clip."""
+    if not PartialState().is_main_process:
+        return
+    output_dir = Path(arguments.output_dir)
+    metrics = json.loads((output_dir / "metrics.json").read_text())
+    network, processor = AutoModel.from_pretrained(output_dir), AutoProcessor.from_pretrained(output_dir)
+    videos = load_videos(data)["test"]
+    names = videos.features["label"].names
+    episode = EpisodeSource(videos["label"], arguments.way, arguments.shot, 1, arguments.seed)[0]
+    support = {names[videos[row]["label"]]: [] for row in episode["support"]}
+    for row in episode["support"]:
+        support[names[videos[row]["label"]]].append(videos[row]["video"])
+    clip = videos[episode["query"][0]]
+    inputs = processor(support=support, query=[clip["video"]])
+    with torch.no_grad():
+        logits = network(**inputs).logits[0, 0]
+    print(f"saved in {output_dir}, loaded again as {type(network).__name__} and {type(processor).__name__}")
+    print(f"{clip['video']['path']} shows {names[clip['label']]!r}; the model says {list(support)[logits.argmax()]!r}")
+    if "test" in metrics:
+        test = metrics["test"]
+        print(
+            f"novel classes, {test['way']}-way {test['shot']}-shot: {format_accuracy(test, 1)} over "
+            f"{test['num_episodes']} episodes"
+        )

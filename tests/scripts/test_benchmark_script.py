@@ -1,0 +1,224 @@
+"""scripts/benchmark.py on tiny shapes: what it reports, and that contenders agree. Never how fast anything is."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from dmgal_hf.model.video_decoding import segment_indices
+from dmgal_hf.training.arguments import parse_arguments
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
+sys.path.insert(0, str(SCRIPT.parent))
+
+from benchmarks import data, head, measuring  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    threads = torch.get_num_threads()
+    yield importlib.import_module("benchmark")
+    torch.set_num_threads(threads)
+
+
+def run_part(benchmark, part, tmp_path, *options):
+    """The part of the JSON file; its rows by group and contender."""
+    path = tmp_path / "result.json"
+    argv = ["--only", part, "--small", "--repeats", "1", "--threads", "1", "--no_memory", "--json", str(path)]
+    benchmark.main(*parse_arguments((measuring.BenchmarkArguments,), [*argv, *options]))
+    result = json.loads(path.read_text())
+    groups = result["parts"][part]["groups"]
+    return result, {group["name"]: {row["name"]: row for row in group["contenders"]} for group in groups}
+
+
+def check_structure(result, part, printed):
+    environment = result["environment"]
+    assert environment["threads"] == environment["repeats"] == 1 and environment["small"] is True
+    assert environment["device"] and environment["versions"]["torch"] == torch.__version__
+    assert list(result["parts"]) == [part] and result["parts"][part]["groups"]
+    for group in result["parts"][part]["groups"]:
+        assert f"### {group['name']}" in printed
+        rows = group["contenders"]
+        assert len(rows) >= 2 and rows[0]["name"] == group["baseline"] and rows[0]["time_ratio"] == 1
+        for row in rows:
+            assert len(row["seconds"]) == 1 and row["median_seconds"] == row["seconds"][0] > 0
+            assert row["time_ratio"] == pytest.approx(row["seconds"][0] / rows[0]["seconds"][0])
+            assert f"| {row['name']} | {row['time_ratio']:.2f} |" in printed
+    for skipped in result["parts"][part]["skipped"]:
+        assert skipped in printed
+
+
+def test_head(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "head", tmp_path)
+    check_structure(result, "head", capsys.readouterr().out)
+    assert len(groups) == 4
+    for rows in groups.values():  # outputs, or gradients of the maps, against the plain equations
+        assert rows["plain PyTorch"]["difference"] < 2e-5
+    assert groups["C-MGA alone: forward"]["dmgal_hf, whole maps"]["difference"] < 2e-5
+    assert any("--reference" in skipped for skipped in result["parts"]["head"]["skipped"])
+
+
+def test_growth(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "growth", tmp_path, "--plot", str(tmp_path / "growth.png"))
+    check_structure(result, "growth", capsys.readouterr().out)
+    assert len(groups) == 4
+    for name, rows in groups.items():
+        axis = name.removeprefix("C-MGA against ").split(": ")[0]
+        sizes = [int(row.split(",")[0].removeprefix(axis)) for row in rows]
+        assert sizes == sorted(sizes) and len(set(sizes)) == 2
+        for row in rows:
+            if row.endswith("plain PyTorch"):
+                assert rows[row]["difference"] < 2e-5
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_adapter(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "adapter", tmp_path)
+    check_structure(result, "adapter", capsys.readouterr().out)
+    assert len(groups) == 2
+    for rows in groups.values():
+        trainable = [int(rows[name]["note"].split()[0].replace(",", "")) for name in ("MGA adapters", "LoRA (peft)")]
+        assert trainable[1] == pytest.approx(trainable[0], rel=0.2)  # equal up to one rank
+        assert rows["MGA adapters"]["difference"] == 0  # a fresh adapter is the identity
+
+
+def test_support(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "support", tmp_path)
+    check_structure(result, "support", capsys.readouterr().out)
+    streams = groups.pop("ResNet-50, DMGAL-FT: 60 s in windows of 2 s")
+    assert streams["one pass of the backbone over its sampled frames"]["note"] == "24 of 180 frames"
+    assert streams["stream, windows end to end: once through the whole model"]["note"] == "3 windows"
+    assert streams["stream, a window every 0.5 s"]["note"] == "9 windows"
+    assert len(groups) == 3
+    for rows in groups.values():
+        assert rows["one query, kept 5-way 5-shot supports"]["difference"] < 1e-5
+        assert "difference" not in rows["the backbone on one video"]
+
+
+def test_data(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "data", tmp_path, "--folder", str(tmp_path / "made"))
+    check_structure(result, "data", capsys.readouterr().out)
+    fetching = [rows for rows in groups.values() if "PyAV, all frames" in rows]
+    assert len(fetching) == 3
+    for rows in fetching:
+        assert rows["dmgal_hf"]["wrong_frames"] == 0 and rows["dmgal_hf"]["grey_levels"] == 0
+        assert rows["dmgal_hf"]["fetched_frames"] == 32
+    (cache,) = [rows for rows in groups.values() if "JPEG cache" in rows]
+    assert cache["raw cache"]["grey_levels"] == 0 < cache["JPEG cache"]["grey_levels"]
+    assert cache["JPEG cache"]["wrong_frames"] == 0
+    assert groups["data loader over episodes"]["2 workers"]["difference"] == 0
+
+
+def test_load(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "load", tmp_path, "--folder", str(tmp_path / "made"))
+    check_structure(result, "load", capsys.readouterr().out)
+    assert list(groups.pop("import in a new process")) == ["transformers", "transformers and dmgal_hf"]
+    assert len(groups) == 4
+    for rows in groups.values():
+        sizes = [float(row["note"].removeprefix("weights ").removesuffix(" MB")) for row in rows.values()]
+        assert sizes[1] > sizes[0] > 0
+    assert AutoModel.from_pretrained(tmp_path / "made" / "clip-small-dmgal").config.paradigm == "adapter"
+
+
+def test_train(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "train", tmp_path)
+    check_structure(result, "train", capsys.readouterr().out)
+    ((one, two),) = [rows.values() for rows in groups.values()]
+    for row in (one, two):  # a step has two episodes, whoever computes them
+        assert row["episodes_per_second"] == pytest.approx(2 / row["median_seconds"])
+        assert row["memory_gib"] > 0
+    work = [row["flops_per_second"] * row["median_seconds"] for row in (one, two)]
+    assert work[0] == pytest.approx(work[1]) and work[0] > 1e6
+
+
+def test_wrong_frames_are_counted(benchmark, tmp_path):
+    arguments = measuring.BenchmarkArguments(small=True, folder=str(tmp_path))
+    paths = data.make_clips(data.SSV2, arguments)[:2]
+    clips = [data.decode_all(path) for path in paths]
+    picks = [segment_indices(len(clip), measuring.NUM_FRAMES) for clip in clips]
+    right = [clip[pick] for clip, pick in zip(clips, picks, strict=True)]
+    assert data.compare_frames(paths, right, right)["wrong_frames"] == 0
+    late = clips[1][[pick + 1 if k < 3 else pick for k, pick in enumerate(picks[1])]]
+    facts = data.compare_frames(paths, [right[0], late], right)
+    assert facts["wrong_frames"] == 3 and facts["fetched_frames"] == 16 and facts["grey_levels"] > 0
+
+
+MEASURED = """
+import sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from benchmarks.measuring import Contender, Group, Run, measure_memory
+
+def prepare():
+    np.ones(60 << 20, np.uint8)  # freed before the call: not the call's
+    kept = np.ones(20 << 20, np.uint8)
+    def call():
+        np.ones(40 << 20, np.uint8)
+        return kept.sum() + np.ones(10 << 20, np.uint8).sum()
+    return Run(call)
+
+print(measure_memory("g|c", [Group("g", [Contender("c", prepare)])], "cpu"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be set back on Linux alone")
+def test_memory_is_what_the_call_adds_at_its_peak():
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(SCRIPT.parent)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == pytest.approx(40 << 20, abs=4 << 20)
+
+
+def test_memory_is_measured_in_a_process_of_its_own(benchmark):
+    arguments = measuring.BenchmarkArguments(only=["head"], small=True, threads=1)
+    assert measuring.memory_of_its_own_process("C-MGA alone: forward|plain PyTorch", arguments) > 0
+    with pytest.raises(
+        ValueError, match=r"must be one of .*forward\|dmgal_hf; .*, got 'C-MGA alone: forward\|nobody'"
+    ):
+        measuring.measure_memory("C-MGA alone: forward|nobody", head.head_groups(arguments)[0], "cpu")
+
+
+OFFICIAL = """
+import no_such_module
+from torch.nn import Module
+
+raise SystemExit("the file as a whole must not run")
+
+class mSEModule(nn.Module):
+    def forward(self, x):
+        return F.relu(x)
+
+class Other(no_such_module.Base):
+    pass
+"""
+
+
+def test_classes_of_the_reference_are_taken_alone(benchmark, tmp_path):
+    (tmp_path / "DMGAL.py").write_text(OFFICIAL)
+    classes = head.load_official_classes(str(tmp_path), ["mSEModule"])
+    assert list(classes) == ["mSEModule"]
+    assert torch.equal(classes["mSEModule"]()(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
+    with pytest.raises(ValueError, match=r"has no class spa_mix_2"):
+        head.load_official_classes(str(tmp_path), ["mSEModule", "spa_mix_2"])
+    with pytest.raises(FileNotFoundError, match=r"nowhere/DMGAL\.py: give a checkout"):
+        head.load_official_classes(str(tmp_path / "nowhere"), ["mSEModule"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--only", "heads"], r"only must name parts out of head, growth, adapter, .*, got \['heads'\]"),
+        (["--only", "head", "--plot", "growth.png"], "only is head: add growth"),
+        (["--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["--threads", "-1"], "threads must be at least 1, got -1"),
+        (["--device", "mps"], "device must be cpu or cuda, got 'mps'"),
+        (["--repeat", "3"], "Did you mean 'repeats'"),
+    ],
+)
+def test_bad_options(benchmark, argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments((measuring.BenchmarkArguments,), argv)

@@ -1,0 +1,623 @@
+"""Whole training runs on small motion shapes: in this process, and as real processes of accelerate."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from datasets import concatenate_datasets
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from transformers import AutoModel, AutoProcessor
+
+from dmgal_hf import DmgalConfig, MgaConfig
+from dmgal_hf.data import load_motion_shapes, sample_episodes
+from dmgal_hf.data.preparation import PrepareArguments, describe_source, prepare_videos
+from dmgal_hf.training import train
+from dmgal_hf.training.arguments import (
+    DataArguments,
+    EvaluateArguments,
+    ModelArguments,
+    TrainArguments,
+    parse_arguments,
+)
+from dmgal_hf.training.batch_statistics import BatchStatistics
+from dmgal_hf.training.checkpoints import StopSignal
+from dmgal_hf.training.evaluation import evaluate, evaluate_episodes
+from dmgal_hf.training.loading import load_videos
+from dmgal_hf.training.training import describe_result, run_fields
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import ablate  # noqa: E402
+
+ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true"}  # --multi_gpu then starts processes that talk through gloo
+FIELDS = {
+    "clips_per_class": 3,
+    "resize": 36,
+    "crop_size": 32,
+    "num_workers": 0,
+    "backbone_config": {
+        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"
+    },
+    "motion_reduction": 4,
+    "way": 3,
+    "query": 1,
+    "num_episodes": 8,
+    "episodes_per_step": 2,
+    "learning_rate": 0.01,
+    "class_loss_weight": 0.3,
+    "validate_every": 4,
+    "validation_episodes": 3,
+    "test_episodes": 5,
+    "checkpoint_every": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("motion_shapes")
+    load_motion_shapes(clips_per_class=3, cache_dir=folder)
+    return str(folder)
+
+
+@pytest.fixture
+def config(tmp_path, cache_dir):
+    """Writes a config file of a small run and returns its path."""
+
+    def write(name="run", **fields):
+        path = tmp_path / f"{name}.yaml"
+        fields = {**FIELDS, "cache_dir": cache_dir, "output_dir": str(tmp_path / name), **fields}
+        path.write_text(yaml.safe_dump(fields))
+        return path
+
+    return write
+
+
+def run(config, *options):
+    arguments = parse_arguments((DataArguments, ModelArguments, TrainArguments), ["--config", str(config), *options])
+    return train(*arguments)
+
+
+def command(config, *options, processes=1):
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", *(["--cpu"] if processes == 1 else ["--multi_gpu"]),
+        "--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--main_process_port", "0",
+        str(SCRIPTS / "train.py"), "--config", str(config), *options,
+    ]  # fmt: skip
+
+
+def weights(output_dir):
+    (folder,) = sorted(Path(output_dir, "checkpoints").glob("episode-000000008"))
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_end(first, second):
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+    states = [torch.load(Path(d, "checkpoints/episode-000000008/optimizer.bin"), weights_only=True)["state"]
+              for d in (first, second)]  # fmt: skip
+    for key, state in states[0].items():
+        assert all(torch.equal(state[name], states[1][key][name]) for name in state)
+    losses = [
+        [
+            (r["loss"], r["learning_rate"])
+            for r in json.loads(Path(d, "metrics.json").read_text())["training"]["history"]
+        ]
+        for d in (first, second)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache_dir):
+    """An uninterrupted run, its folder and what it returned."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**FIELDS, "cache_dir": cache_dir, "output_dir": str(folder / "run")}))
+    return folder / "run", run(path)
+
+
+def test_a_run_leaves_a_model_and_its_records(finished, cache_dir, capsys):
+    folder, metrics = finished
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 0.01
+    history = metrics["training"]["history"]
+    assert [record["episodes"] for record in history] == [2, 4, 6, 8]
+    assert all(record["gradient_norm"] > 0 and 0 <= record["data_wait_share"] <= 1 for record in history)
+    assert [i for i, record in enumerate(history) if "validation_accuracy" in record] == [1, 3]
+    assert metrics["validation"]["accuracy"] == max(r.get("validation_accuracy", -1) for r in history)
+    test = metrics["test"]
+    assert (test["num_episodes"], test["num_queries"], len(test["episodes_id"])) == (5, 15, 16)
+    assert sum(sum(row.values()) for row in test["confusion"].values()) == 15
+
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert processor.crop_size == {"height": 32, "width": 32}
+    best = AutoModel.from_pretrained(folder / "best").state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in model.state_dict().items())
+
+    card = (folder / "README.md").read_text()
+    assert f"{test['accuracy']:.1f}" in card and test["episodes_id"] in card
+
+    arguments = parse_arguments(
+        (DataArguments, ModelArguments, TrainArguments), ["--config", str(folder.parent / "run.yaml")]
+    )
+    describe_result(*arguments)
+    assert "loaded again as DmgalModel and DmgalVideoProcessor" in capsys.readouterr().out
+
+
+def test_training_changes_what_it_should(config):
+    """Ten times the same few clips: the loss must fall."""
+    metrics = run(config(num_episodes=60, episodes_per_step=1, validate_every=60, test_episodes=0, query=2, shot=1,
+                         checkpoint_every=60, learning_rate=0.003, class_loss_weight=1.0))  # fmt: skip
+    losses = [record["loss"] for record in metrics["training"]["history"]]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def start_and_wait_for_checkpoint(command, output_dir, episodes):
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    wanted = Path(output_dir, "checkpoints", f"episode-{episodes:09d}")
+    deadline = time.monotonic() + 120
+    while not wanted.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("episodes", [2, 4])
+def test_resumed_after_kill_equals_uninterrupted(finished, config, tmp_path, episodes):
+    path = config("killed")
+    process = start_and_wait_for_checkpoint(command(path), tmp_path / "killed", episodes)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    run(path, "--resume")
+    assert_same_end(tmp_path / "killed", finished[0])
+
+
+def test_sigterm_saves_first(finished, config, tmp_path):
+    path = config("stopped", checkpoint_every=8, validate_every=8)
+    script = [sys.executable, str(SCRIPTS / "train.py"), "--config", str(path), "--validate_every", "2"]
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (tmp_path / "stopped" / "best").exists():  # after the first of four steps
+        assert process.poll() is None, process.communicate()[0].decode()
+        time.sleep(0.01)
+    process.terminate()
+    output = process.communicate()[0].decode()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "Go on with --resume" in output
+    run(path, "--resume", "--validate_every", "2")
+    assert_same_end(tmp_path / "stopped", finished[0])
+
+
+@pytest.fixture(scope="module")
+def finished_by_two(tmp_path_factory, cache_dir):
+    """An uninterrupted run of two processes, its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("finished_by_two")
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**FIELDS, "cache_dir": cache_dir, "output_dir": str(folder / "run")}))
+    result = subprocess.run(command(path, processes=2), capture_output=True, text=True, env=ON_CPU)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "run", result.stdout
+
+
+def test_two_processes_make_the_same_updates(finished, finished_by_two, cache_dir):
+    two_dir, printed = finished_by_two
+    assert "Training with 2 processes" in printed
+    one, two = weights(finished[0]), weights(two_dir)
+    for name in one:
+        if "running_" not in name and "num_batches" not in name:
+            torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3, msg=name)
+    history = [json.loads(Path(d, "metrics.json").read_text())["training"]["history"] for d in (finished[0], two_dir)]
+    for first, second in zip(*history):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
+    for name in one:  # statistics of as many episodes, which count a little otherwise within a step
+        if "running_" in name:
+            torch.testing.assert_close(two[name], one[name], atol=0.02, rtol=0.1, msg=name)
+    # Both validated the same model, with statistics of all episodes: it is what was saved.
+    reached = json.loads((two_dir / "metrics.json").read_text())["validation"]["accuracy"]
+    model, processor = (auto.from_pretrained(two_dir) for auto in (AutoModel, AutoProcessor))
+    videos = load_motion_shapes(clips_per_class=3, cache_dir=cache_dir)["validation"]
+    episodes = sample_episodes(videos["label"], 3, 1, 1, 3, seed=0)
+    assert evaluate_episodes(model, processor, videos, episodes, Accelerator())["accuracy"] == reached
+
+
+def test_a_run_of_two_processes_goes_on_with_one(finished, finished_by_two, config, tmp_path):
+    path, out = config("fewer"), tmp_path / "fewer"
+    shutil.copytree(finished_by_two[0], out)
+    shutil.rmtree(out / "checkpoints" / "episode-000000008")
+    (out / "metrics.json").unlink()
+    for one, two in zip(finished[1]["training"]["history"], run(path, "--resume")["training"]["history"], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+def test_two_processes_resumed_after_kill_equal_uninterrupted(finished_by_two, config, tmp_path):
+    """The launcher and one of its processes die at a moment drawn by chance; the other goes by itself."""
+    draw = random.Random(0)
+    path, out = config("killed_two"), tmp_path / "killed_two"
+    moments = ("checkpoints/.episode-000000004.aside", "checkpoints/episode-000000004", ".best.aside", "best")
+    moment, delay, victim = draw.choice(moments), draw.uniform(0, 0.05), draw.randrange(2)
+    launch = command(path, processes=2)
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(launch, stdout=log, stderr=log, env=ON_CPU)
+    later = out / "checkpoints" / "episode-000000006"  # the moment may be too short to be seen
+    while not (out / moment).exists() and not later.exists():
+        assert launcher.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.002)
+    time.sleep(delay)
+    workers = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    workers[victim].kill()
+    launcher.wait()
+    gone, left = psutil.wait_procs(workers, timeout=60)
+    assert not left and len(gone) == 2
+    assert not (out / "metrics.json").exists()
+    result = subprocess.run([*launch, "--resume"], capture_output=True, text=True, env=ON_CPU)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert_same_end(out, finished_by_two[0])
+
+
+def test_processes_of_a_killed_launcher_save_and_end(config, tmp_path):
+    """They would train on unseen, and keep `--resume` out. One process is enough for a launcher of several."""
+    out = tmp_path / "orphaned"
+    path = config("orphaned", num_episodes=2000, validate_every=2000)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(SCRIPTS / "train.py")]
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen([*launch, "--config", str(path)], stdout=log, stderr=log, env=ON_CPU)
+    while not list(out.glob("checkpoints/episode-*")):
+        assert launcher.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    (worker,) = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+    assert not psutil.wait_procs([worker], timeout=60)[1]
+    assert "Go on with --resume" in (tmp_path / "log").read_text()
+    assert list(out.glob("checkpoints/episode-*"))[-1].name < "episode-000002000"
+    with FileLock(out / "checkpoints" / ".lock").acquire(blocking=False):
+        pass
+
+
+def test_fsdp_makes_the_same_updates_saves_whole_models_and_resumes(finished, config, tmp_path):
+    """As --use_fsdp does on GPUs: torch shards on CPUs too, where accelerate does not look for it."""
+    path, out = config("sharded", validate_every=8), tmp_path / "sharded"
+    launch = command(path, processes=2)
+    launch[launch.index("--multi_gpu") : launch.index("--multi_gpu") + 1] = ["--use_fsdp", "--fsdp_version", "2"]
+    launch.insert(launch.index(str(SCRIPTS / "train.py")), str(Path(__file__).with_name("fsdp_on_cpu.py")))
+    results, models = [], []
+    for options in ((), ("--resume",)):
+        result = subprocess.run([*launch, *options], capture_output=True, text=True, env=ON_CPU)
+        assert result.returncode == 0, result.stdout + result.stderr
+        results.append(json.loads((out / "metrics.json").read_text()))
+        models.append(load_file(out / "model.safetensors"))
+        (out / "metrics.json").unlink()
+        shutil.rmtree(out / "checkpoints" / "episode-000000008")
+    expected = finished[1]["training"]["history"]
+    for one, two, resumed in zip(expected, *(result["training"]["history"] for result in results)):
+        for name in ("loss", "gradient_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3)
+            assert resumed[name] == two[name]
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+    assert AutoModel.from_pretrained(out).state_dict().keys() == models[0].keys()
+    assert not list((out / "best").glob("_fsdp*"))  # source of torch, were the class FSDP's
+
+
+def test_compiled_run_has_the_losses_of_the_plain_one_and_resumes(config, tmp_path, tmp_path_factory, monkeypatch):
+    """The real compiler on a network of few kernels: each costs a second of g++."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+    backbone = {**FIELDS["backbone_config"], "hidden_sizes": [8], "depths": [1]}
+    fields = {"backbone_config": backbone, "motion_attention": False, "class_loss_weight": 0.0, "optimizer": "sgd"}
+    plain = run(config("plain", **fields))
+    counters.clear()
+    compiled = run(config("compiled", **fields, torch_compile=True))
+    # In front of the number of classes, which is read, and behind it; in training and in validation.
+    assert counters["stats"]["unique_graphs"] == 4
+    folder, last = tmp_path / "compiled", tmp_path / "compiled" / "checkpoints" / "episode-000000008"
+    kept = load_file(last / "model.safetensors"), load_file(folder / "model.safetensors")
+    for tensors, name in zip(kept, ("checkpoints/episode-000000008/model.safetensors", "model.safetensors")):
+        assert tensors.keys() == load_file(tmp_path / "plain" / name).keys()
+    model = AutoModel.from_pretrained(folder)
+    assert all(torch.equal(tensor, kept[1][name]) for name, tensor in model.state_dict().items() if name in kept[1])
+    shutil.rmtree(last)
+    resumed = run(folder.with_suffix(".yaml"), "--resume")
+    for one, two, three in zip(*(metrics["training"]["history"] for metrics in (plain, compiled, resumed))):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+        assert three["loss"] == two["loss"]
+    assert all(torch.equal(tensor, kept[0][name]) for name, tensor in weights(folder).items())
+
+
+def test_evaluation_is_the_same_with_several_processes_and_several_episodes_at_once(finished, cache_dir, tmp_path):
+    options = ["--model", str(finished[0]), "--cache_dir", cache_dir, "--clips_per_class", "3", "--num_workers", "0",
+               "--way", "3", "--shot", "1", "2", "--num_episodes", "7"]  # fmt: skip
+    results = []
+    for processes, together in ((1, 1), (4, 3)):
+        path = tmp_path / f"{processes}.json"
+        launch = command("unused", processes=processes)
+        launch = [*launch[: launch.index(str(SCRIPTS / "train.py"))], str(SCRIPTS / "evaluate.py")]
+        launch += [*options, "--episodes_per_forward", str(together), "--json", str(path)]
+        result = subprocess.run(launch, capture_output=True, text=True, env=ON_CPU)
+        assert result.returncode == 0, result.stdout + result.stderr
+        results.append(json.loads(path.read_text()))
+    assert results[0] == results[1]
+    assert [(r["shot"], r["num_episodes"], r["num_queries"]) for r in results[0]] == [(1, 7, 21), (2, 7, 21)]
+
+
+def test_one_episode_has_no_interval(finished, cache_dir, tmp_path, capsys):
+    options = ["--model", str(finished[0]), "--cache_dir", cache_dir, "--clips_per_class", "3", "--num_workers", "0",
+               "--way", "3", "--num_episodes", "1", "--json", str(tmp_path / "new" / "one.json")]  # fmt: skip
+    evaluate(*parse_arguments((DataArguments, EvaluateArguments), options))
+    assert re.search(r"query 1, seed 0: \d+\.\d\d % over 1 episodes", capsys.readouterr().out)
+    (written,) = json.loads((tmp_path / "new" / "one.json").read_text(), parse_constant=pytest.fail)
+    assert written["confidence_interval"] is None
+    with pytest.raises(ValueError, match="crop_size: frames are read as the processor of the model says"):
+        evaluate(*parse_arguments((DataArguments, EvaluateArguments), [*options, "--crop_size", "16"]))
+
+
+def test_a_prepared_folder_is_recorded_as_what_it_was_made_from(cache_dir, tmp_path):
+    data = DataArguments(preset="plain", clips_per_class=3, cache_dir=cache_dir)
+    source = describe_source(data) | {"preset": "textured"}
+    prepare_videos(load_videos(data), PrepareArguments(output=str(tmp_path / "prepared"), num_proc=1), source)
+    fields = run_fields(DataArguments(prepared=str(tmp_path / "prepared")), ModelArguments(), TrainArguments())
+    assert fields["dataset"] == "motion_shapes" and fields["preset"] == "textured" and fields["clips_per_class"] == 3
+
+
+def test_accuracy_counts_what_the_model_says(finished, cache_dir):
+    """Against a loop over the episodes that asks the processor and the model one by one."""
+    model, processor = AutoModel.from_pretrained(finished[0]), AutoProcessor.from_pretrained(finished[0])
+    videos = load_motion_shapes(clips_per_class=3, cache_dir=cache_dir)["test"]
+    episodes = sample_episodes(videos["label"], 3, 1, 2, 6, seed=3)
+    metrics = evaluate_episodes(model, processor, videos, episodes, Accelerator())
+    accuracies = []
+    for episode in episodes:
+        support = {label: [videos[row]["video"]] for row, label in zip(episode["support"], episode["support_labels"])}
+        inputs = processor(support=support, query=[videos[row]["video"] for row in episode["query"]])
+        with torch.no_grad():
+            predicted = model(**inputs).logits[0].argmax(-1)
+        accuracies.append((predicted == torch.tensor(episode["query_labels"])).float().mean().item())
+    accuracies = torch.tensor(accuracies)
+    assert metrics["accuracy"] == pytest.approx(100 * accuracies.mean().item(), abs=1e-4)
+    assert metrics["confidence_interval"] == pytest.approx(196 * accuracies.std().item() / 6**0.5, abs=1e-3)
+    assert evaluate_episodes(model, processor, videos, episodes, Accelerator(), episodes_per_forward=4) == metrics
+    ragged = concatenate_datasets([episodes, sample_episodes(videos["label"], 3, 2, 1, 1, seed=3)])
+    with pytest.raises(ValueError, match=r"not of one size.*\(3, 3, 6\), \(3, 6, 3\): set episodes_per_forward=1"):
+        evaluate_episodes(model, processor, videos, ragged, Accelerator(), episodes_per_forward=2)
+
+
+def test_a_broken_video_is_replaced_and_reported(config, cache_dir, tmp_path):
+    folder = tmp_path / "videos"
+    for split, classes in {
+        "train": ("left", "right", "up"),
+        "val": ("rotate_ccw", "up_right", "figure_eight"),
+    }.items():
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for clip in Path(cache_dir, "plain-seed0-v1", name).glob("*.mp4"):
+                (folder / split / name / clip.name).write_bytes(clip.read_bytes())
+    broken = folder / "train" / "left" / "00001.mp4"
+    broken.write_bytes(broken.read_bytes()[:500])
+    fields = {"dataset": "folder", "videos": str(folder), "test_episodes": 0, "num_episodes": 4, "validate_every": 4}
+    metrics = run(config("replaced", max_broken=0.2, **fields))
+    assert metrics["training"]["broken_videos"] == [str(broken)]
+    with pytest.raises(
+        RuntimeError, match=r"1 of 9 training videos cannot be read, more than max_broken=1\.00%.*00001"
+    ):
+        run(config("refused", **fields))
+
+
+def test_a_loss_that_is_not_finite_is_left_out_and_ends_the_run(config, tmp_path):
+    with pytest.raises(RuntimeError, match=r"not finite in 2 steps in a row"):
+        run(config("bad", learning_rate=1e30, warmup_ratio=0.0, num_episodes=16, max_bad_steps=2))
+
+
+def test_a_step_left_out_does_not_spoil_the_batch_statistics():
+    norm = torch.nn.BatchNorm2d(3)
+    statistics = BatchStatistics(norm, Accelerator())
+    norm(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    statistics.average()
+    kept = norm.running_mean.clone(), norm.running_var.clone()
+    norm(torch.full((2, 3, 4, 4), torch.nan))
+    assert norm.running_mean.isnan().all()
+    statistics.restore()
+    assert torch.equal(norm.running_mean, kept[0]) and torch.equal(norm.running_var, kept[1])
+    assert kept[0].abs().min() > 0
+
+
+def test_a_signal_ends_validation_at_once(capsys):
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.flags() == [1, 0] and not stop.agreed  # honoured after the step
+        stop.agree([0.5, 0])
+        assert stop.agreed == signal.SIGTERM
+        with pytest.raises(SystemExit) as exit, stop.at_once():
+            pytest.fail("the state is saved: there is nothing to wait for")
+    assert exit.value.code == 128 + signal.SIGTERM and "--resume" in capsys.readouterr().err
+
+
+def test_ablation(config, cache_dir, tmp_path, capsys):
+    backbone = {"model_type": "vit", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
+    path = config("ablation", paradigm="adapter", backbone_config=backbone, adapter_config={"reduction": 2},
+                  num_episodes=2, test_episodes=2, validate_every=2, motion_reduction=8)  # fmt: skip
+    names = ["both", "LoRA of equal size", "frozen backbone, OTAM"]
+
+    def run_ablation(*options):
+        classes = (DataArguments, ModelArguments, TrainArguments, ablate.AblationArguments)
+        ablate.main(*parse_arguments(classes, ["--config", str(path), *options]))
+        return [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+
+    rows = run_ablation("--only", *names, "--seeds", "0", "1")
+    assert [row[0] for row in rows] == [f"| {name}" for name in names]
+    mga, lora, frozen = (int(row[1].replace(",", "")) for row in rows)
+    assert mga >= lora > mga / 2 and frozen == 0
+    assert all("±" in row[2] and row[3].count(",") == 1 and row[4] == "4 |" for row in rows)  # 2 seeds of 2 episodes
+    metrics = sorted(tmp_path.glob("ablation/*/*/metrics.json"))
+    written = [file.stat().st_mtime_ns for file in metrics]
+    assert len(metrics) == 6 and run_ablation("--only", *names, "--seeds", "0", "1") == rows
+    assert [file.stat().st_mtime_ns for file in metrics] == written  # nothing was trained again
+    with pytest.raises(ValueError, match=r"no variant 'no mixer'; there are both, Smga alone"):
+        run_ablation("--only", "no mixer")
+    with pytest.raises(ValueError, match=r"both/seed_0 holds another run: learning_rate was 0.01 and is 0.5. Give"):
+        run_ablation("--only", "both", "--learning_rate", "0.5")
+
+
+def test_rows_of_an_ablation_without_a_spread_and_without_an_interval():
+    def result(accuracy, interval):
+        test = {"accuracy": accuracy, "confidence_interval": interval, "num_episodes": 2}
+        return [{"test": test, "training": {"trainable_parameters": 1000}}]
+
+    table = ablate.format_table({"sure": result(100.0, 0.0), "single": result(50.0, None)}, [0])
+    assert table.splitlines()[2:] == ["| sure | 1,000 | 100.0 ± 0.0 | 2 |", "| single | 1,000 | 50.0 | 2 |"]
+
+
+class TestBadInput:
+    def test_resuming_another_run(self, config, tmp_path, finished):
+        path = config("other", output_dir=str(finished[0]))
+        with pytest.raises(ValueError, match=r"another run: learning_rate was 0\.01 and is 0\.02"):
+            run(path, "--resume", "--learning_rate", "0.02")
+
+    def test_the_states_of_an_earlier_run_are_not_mixed_up_with_a_new_one(self, finished):
+        with pytest.raises(ValueError, match=r"holds the states of an earlier run: go on with --resume"):
+            run(finished[0].parent / "run.yaml")
+
+    def test_two_runs_do_not_write_into_one_folder(self, config, finished):
+        before = (finished[0] / "config.yaml").read_text()
+        with FileLock(finished[0] / "checkpoints" / ".lock"), pytest.raises(ValueError, match="another process is"):
+            run(finished[0].parent / "run.yaml", "--resume", "--num_workers", "0")
+        assert (finished[0] / "config.yaml").read_text() == before
+
+    def test_missing_split(self, config, cache_dir, tmp_path):
+        for name in ("left", "right", "up"):
+            (tmp_path / "videos" / "train" / name).mkdir(parents=True)
+            clip = next(Path(cache_dir, "plain-seed0-v1", name).glob("*.mp4"))
+            (tmp_path / "videos" / "train" / name / clip.name).write_bytes(clip.read_bytes())
+        with pytest.raises(ValueError, match=r"no split 'validation', only train"):
+            run(config("no_split", dataset="folder", videos=str(tmp_path / "videos")))
+
+    def test_a_tracker_that_is_not_installed(self, config):
+        installed = set(map(str, get_available_trackers()))
+        name = next((name for name in ("tensorboard", "wandb", "trackio") if name not in installed), None)
+        if name is None:
+            pytest.skip("all trackers are installed")
+        with pytest.raises(ValueError, match=f"report_to='{name}' is not installed"):
+            run(config("untracked"), "--report_to", name)
+
+    def test_nothing_to_resume(self, config):
+        with pytest.raises(FileNotFoundError, match=r"nothing to resume.*leave out --resume"):
+            run(config("empty"), "--resume")
+
+    def test_incomplete_checkpoint(self, config, tmp_path):
+        path = config("incomplete", test_episodes=0)
+        run(path)
+        newest = sorted((tmp_path / "incomplete" / "checkpoints").iterdir())[-1]
+        (newest / "optimizer.bin").unlink()
+        with pytest.raises(FileNotFoundError, match=r"episode-000000008 is not complete.*remove that folder"):
+            run(path, "--resume")
+        shutil.rmtree(tmp_path / "incomplete" / "best")
+        with pytest.raises(FileNotFoundError, match=r"best is missing, the best model of this run: put it back"):
+            run(path, "--resume")
+
+    def test_more_processes_than_episodes(self, config):
+        result = subprocess.run(
+            command(config("many"), "--episodes_per_step", "1", processes=2),
+            capture_output=True,
+            text=True,
+            env=ON_CPU,
+        )
+        assert result.returncode != 0
+        assert "episodes_per_step=1 cannot be shared out to 2 processes" in result.stderr
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (["--learning_rat", "1"], r"unknown option '--learning_rat'\. Did you mean 'learning_rate'\?"),
+            (["--dataset", "kinetics"], r"dataset must be motion_shapes, folder or one of .*kinetics-100.*'kinetics'"),
+            (["--dataset", "hmdb51"], r"dataset 'hmdb51' needs videos"),
+            (["--dataset", "folder", "--videos", "nowhere"], r"nowhere"),
+            (["--way", "30"], r"30-way .*24"),
+            (["--shot", "3"], r"3 shots and 1 queries a class need 4"),
+            (["--num_episodes", "7"], r"num_episodes must be a multiple of episodes_per_step=2, got 7"),
+            (["--optimizer", "adam"], r"optimizer must be adamw or sgd, got 'adam'"),
+            (["--report_to", "paper"], r"report_to must be tensorboard, wandb, trackio or none, got 'paper'"),
+            (["--way", "8"], r"split 'validation': 8-way"),
+            (["--test_episodes", "-1"], r"test_episodes must be at least 0, got -1"),
+            (["--lr_scheduler", "reduce_lr_on_plateau"], r"reduce_lr_on_plateau needs a validation"),
+            (["--gradient_checkpointing"], r"gradient_checkpointing: the backbone 'resnet' has none"),
+            (["--adapter_config", "{"], r"adapter_config='\{' is no YAML or JSON"),
+            (
+                ["--backbone_config", "{model_type: resnet, layer_typ: basic}"],
+                r"'layer_typ' for 'resnet'. Did you",
+            ),
+            (["--backbone_config", "{model_type: resnat}"], r"model_type 'resnat', which transformers does not know"),
+            (["--mixed_precision", "fp8"], r"mixed_precision must be no, fp16 or bf16, got 'fp8'"),
+        ],
+    )
+    def test_arguments(self, config, options, message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run(config("bad"), *options)
+
+    def test_config_files(self, config, tmp_path):
+        with pytest.raises(ValueError, match=r"unknown field 'learningrate'\. Did you mean 'learning_rate'\?"):
+            run(config("typo", learningrate=1))
+        with pytest.raises(FileNotFoundError, match="there is no config file"):
+            run(tmp_path / "missing.yaml")
+        (tmp_path / "list.yaml").write_text("- 1")
+        with pytest.raises(ValueError, match="must hold a mapping"):
+            run(tmp_path / "list.yaml")
+
+    def test_types_in_config_files(self, config):
+        with pytest.raises(ValueError, match=r"has num_episodes=8.0, which must be int"):
+            run(config("float", num_episodes=8.0))
+        with pytest.raises(ValueError, match=r"has num_episodes=True, which must be int"):
+            run(config("bool", num_episodes=True))
+
+    def test_null_and_empty_lists_on_the_command_line(self, config):
+        classes = (DataArguments, ModelArguments, TrainArguments)
+        options = ["--config", str(config("set", max_grad_norm=1.0)), "--max_grad_norm", "null", "--motion_scales"]
+        _, model, arguments = parse_arguments(classes, options)
+        assert arguments.max_grad_norm is None and model.motion_scales == []
+
+    def test_a_backbone_from_a_folder_is_no_repository(self, tmp_path, monkeypatch):
+        (tmp_path / "runs" / "still").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        assert ModelArguments(backbone="runs/still").backbone == str(tmp_path / "runs" / "still")
+        assert ModelArguments(backbone="org/still").backbone == "org/still"
+
+    def test_resuming_with_other_labels(self, config, finished, tmp_path):
+        path = config("relabelled", output_dir=str(finished[0]), clips_per_class=4)
+        with pytest.raises(ValueError, match=r"labelled_videos was '90 for training.* and is '120 for training"):
+            run(path, "--resume")
+
+    def test_no_number_of_shots(self):
+        with pytest.raises(ValueError, match="shot is empty"):
+            parse_arguments((DataArguments, EvaluateArguments), ["--model", "org/model", "--shot"])
+
+    def test_model_is_required(self):
+        with pytest.raises(SystemExit):
+            parse_arguments((DataArguments, EvaluateArguments), [])
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPTS / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_parse_and_fit_together(path):
+    data, model, arguments = parse_arguments((DataArguments, ModelArguments, TrainArguments), ["--config", str(path)])
+    DmgalConfig(**model.config_fields())
+    if model.adapter_config is not None:
+        MgaConfig(**model.adapter_config)
+    assert not (data.dataset.startswith("ssv2") and arguments.horizontal_flip)  # a flip changes these labels
+    assert arguments.output_dir == f"runs/{path.stem}"
+    assert arguments.episodes_per_step % arguments.episodes_per_forward == 0
