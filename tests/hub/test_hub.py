@@ -111,7 +111,11 @@ def is_expected(kind, path, content):
     """Models: safetensors, JSON, Markdown and the source of this package. Datasets: Parquet and Markdown."""
     suffix = Path(path).suffix
     if suffix == ".py":
-        return kind == "models" and path in SOURCE and content == (ROOT / "src" / "dmgal_hf" / path).read_bytes()
+        return (
+            kind == "models"
+            and path in SOURCE
+            and content == (ROOT / "src" / "dmgal_hf" / "model" / path).read_bytes()
+        )
     if suffix == ".json":
         return kind == "models" and isinstance(json.loads(content), dict)
     if suffix == ".safetensors":
@@ -173,7 +177,7 @@ def test_a_run_pushes_weights_json_source_and_card_and_nothing_else(pushed):
         "README.md", "config.json", "metrics.json", "model.safetensors", "preprocessor_config.json"
     }  # fmt: skip
     assert files["model.safetensors"] == (CHECKPOINT / "model.safetensors").read_bytes()
-    assert all(files[name] == (ROOT / "src" / "dmgal_hf" / name).read_bytes() for name in SOURCE)
+    assert all(files[name] == (ROOT / "src" / "dmgal_hf" / "model" / name).read_bytes() for name in SOURCE)
     assert not any(b"/home/me" in content for content in files.values())
     assert not pushed.repos["models", "org/run"].private
 
