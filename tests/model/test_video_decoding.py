@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dmgal_hf.model import video_decoding
+from dmgal_hf.model.reading_limits import LIMITS
 from dmgal_hf.model.video_decoding import VideoDecodeError, probe_video, read_frames, read_frames_at, segment_indices
 
 FRAMES, SIZE = 30, (64, 96)
@@ -702,3 +704,33 @@ def test_threads_and_forked_processes_read_alike(tmp_path):
         assert list(pool.map(read_bytes, paths)) == expected
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.map(read_bytes, paths) == expected
+
+
+def test_more_pixels_than_the_limit_are_refused_by_name_and_size(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.mp4")
+    monkeypatch.setattr(LIMITS, "pixels", SIZE[0] * SIZE[1] - 1)
+    for read in (read_frames, probe_video):
+        with pytest.raises(VideoDecodeError, match=r"a\.mp4: it has 6,144 pixels .*6,143 are the limit"):
+            read(path)
+    monkeypatch.setattr(LIMITS, "pixels", SIZE[0] * SIZE[1])
+    assert len(read_frames(path)) == 8
+
+
+def test_whatever_a_reader_raises_becomes_one_error(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.mp4")
+    for error in (
+        MemoryError(),
+        IndexError("list"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+        EOFError("cut"),
+    ):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(video_decoding.av, "open", fail)
+        for read in (read_frames, probe_video, lambda video: read_frames_at(video, [0])):
+            with pytest.raises(VideoDecodeError, match=rf"a\.mp4: .*{type(error).__name__}") as caught:
+                read(path)
+            assert caught.value.source == str(path)
+            assert caught.value.__cause__ is error

@@ -11,25 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .reading_limits import FrameIndexError, VideoDecodeError
 from .zip_archive import ZipArchive, natural_key
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
-_GO_ON = "Replace the file, or leave it out of the index."
-
-
-class VideoDecodeError(ValueError):
-    """
-    A video that cannot be read. `source` is its path or URL, or "<bytes>"; None, as is `problem`, where a worker of
-    torch's data loader hands the error on, which gives it the message alone.
-    """
-
-    def __init__(self, source: str, problem: str | None = None, remedy: str = _GO_ON):
-        super().__init__(source if problem is None else f"{source}: {problem}. {remedy}")
-        self.source = None if problem is None else source
-        self.problem, self.remedy = problem, remedy
-
-    def __reduce__(self):  # processes send their errors to each other
-        return type(self), (str(self),) if self.problem is None else (self.source, self.problem, self.remedy)
 
 
 @dataclass(frozen=True)
@@ -177,7 +162,7 @@ def frame_names(names: list[str]) -> list[str]:
 
 
 def check_range(source: str, indices: list[int], clip_length: int) -> None:
-    """Raises IndexError unless all `indices` are in [0, clip_length)."""
+    """Raises FrameIndexError unless all `indices` are in [0, clip_length)."""
     outside = [index for index in indices if not 0 <= index < clip_length]
     if outside:
-        raise IndexError(f"{source}: frame {outside[0]} asked for, but its frames are 0 to {clip_length - 1}.")
+        raise FrameIndexError(f"{source}: frame {outside[0]} asked for, but its frames are 0 to {clip_length - 1}.")

@@ -35,12 +35,12 @@ from .extracted_frames import (
     ArchivedFrames,
     CachedFrames,
     FrameFiles,
-    VideoDecodeError,
     VideoInfo,
     ZippedFrames,
     check_range,
     frame_names,
 )
+from .reading_limits import LIMITS, VideoDecodeError, one_error
 from .zip_archive import LOCAL_HEADER, open_zip, split_zip_path
 
 DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
@@ -86,7 +86,8 @@ def read_frames(video: Any, num_frames: int = 8, generator: torch.Generator | No
     Raises VideoDecodeError if the video is missing, empty, truncated, no video, or damaged where these frames lie.
     """
     offsets = _draw_offsets(num_frames, generator)
-    return _open(video).read(lambda clip_length: _in_segments(clip_length, offsets))
+    with one_error(name_of(video)):
+        return _open(video).read(lambda clip_length: _in_segments(clip_length, offsets))
 
 
 def read_frames_at(video: Any, indices: list[int]) -> torch.Tensor:
@@ -98,12 +99,22 @@ def read_frames_at(video: Any, indices: list[int]) -> torch.Tensor:
     indices = [int(index) for index in indices]
     if not indices:
         raise ValueError("indices is empty: name at least one frame to read.")
-    return _open(video).read(lambda clip_length: indices)
+    with one_error(name_of(video)):
+        return _open(video).read(lambda clip_length: indices)
 
 
 def probe_video(video: Any) -> VideoInfo:
     """Count and measure `video` (see `read_frames`), decoding its first frame only where packets can be trusted."""
-    return _open(video).probe()
+    with one_error(name_of(video)):
+        return _open(video).probe()
+
+
+def name_of(video: Any) -> str:
+    """What messages call a video: its path or URL, or "<bytes>"."""
+    if isinstance(video, dict):
+        video = video.get("path")
+    name = getattr(video, "name", None) if hasattr(video, "read") else video
+    return (os.fsdecode(name) or "''") if isinstance(name, str | os.PathLike) else "<bytes>"
 
 
 def _draw_offsets(num_frames: int, generator: torch.Generator | None) -> list[int]:
@@ -308,6 +319,7 @@ class _Stream:
                 stream = streams[0]
                 if stream.codec_context is None:
                     raise VideoDecodeError(self.source, "FFmpeg has no decoder for its video stream", "Transcode it.")
+                LIMITS.check(self.source, "pixels", stream.codec_context.width * stream.codec_context.height)
                 stream.codec_context.thread_count = 1
                 packets = [packet for packet in container.demux(stream) if packet.size]
                 if not packets or any(packet.is_corrupt for packet in packets):
