@@ -6,8 +6,7 @@ what rests in memory before it, each contender in a process of its own. Where co
 outputs are compared before the clock runs.
 
 Parts: head (S-MGA, mixer, C-MGA), growth (C-MGA as episodes grow; `--plot FILE` draws it), adapter (MGA in a frozen
-ViT), support (kept supports), data (frames, cache, lists), load (from_pretrained), train (steps of
-training in processes of accelerate).
+ViT), support (kept supports), data (frames, cache, lists), train (steps of training in processes of accelerate).
 Contenders that are not installed are named at the end: decord, torchcodec, and the authors' modules, which
 `--reference DIR` takes from a checkout of their repository. The code in that checkout is run.
 """
@@ -27,7 +26,6 @@ from benchmarks.adapter import adapter_groups
 from benchmarks.data import data_groups
 from benchmarks.growth import growth_groups, plot_growth
 from benchmarks.head import head_groups
-from benchmarks.load import load_groups
 from benchmarks.measuring import BenchmarkArguments, measure_group, measure_memory
 from benchmarks.support import support_groups
 from benchmarks.train import train_groups
@@ -40,7 +38,6 @@ GROUPS = {
     "adapter": adapter_groups,
     "support": support_groups,
     "data": data_groups,
-    "load": load_groups,
     "train": train_groups,
 }
 

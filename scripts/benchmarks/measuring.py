@@ -17,7 +17,7 @@ from torch import nn
 
 NUM_FRAMES = 8
 OURS = "dmgal_hf"
-PARTS = ("head", "growth", "adapter", "support", "data", "load", "train")
+PARTS = ("head", "growth", "adapter", "support", "data", "train")
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmark.py"
 
 

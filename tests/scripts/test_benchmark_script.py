@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel
 
 from dmgal_hf.model.video_decoding import segment_indices
 from dmgal_hf.training.arguments import parse_arguments
@@ -112,17 +111,6 @@ def test_data(benchmark, tmp_path, capsys):
     assert cache["raw cache"]["grey_levels"] == 0 < cache["JPEG cache"]["grey_levels"]
     assert cache["JPEG cache"]["wrong_frames"] == 0
     assert groups["data loader over episodes"]["2 workers"]["difference"] == 0
-
-
-def test_load(benchmark, tmp_path, capsys):
-    result, groups = run_part(benchmark, "load", tmp_path, "--folder", str(tmp_path / "made"))
-    check_structure(result, "load", capsys.readouterr().out)
-    assert list(groups.pop("import in a new process")) == ["transformers", "transformers and dmgal_hf"]
-    assert len(groups) == 4
-    for rows in groups.values():
-        sizes = [float(row["note"].removeprefix("weights ").removesuffix(" MB")) for row in rows.values()]
-        assert sizes[1] > sizes[0] > 0
-    assert AutoModel.from_pretrained(tmp_path / "made" / "clip-small-dmgal").config.paradigm == "adapter"
 
 
 def test_train(benchmark, tmp_path, capsys):
