@@ -73,11 +73,6 @@ class DmgalPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["SelfMotionAttention", "TemporalChannelMixer", "CrossMotionAttention"]
 
-    @classmethod
-    def get_init_context(cls, *args, **kwargs):
-        """Where transformers builds a model whose weights it is about to read: nothing is drawn at random there."""
-        return [*super().get_init_context(*args, **kwargs), init.no_init_weights()]
-
     @torch.no_grad()
     def _init_weights(self, module):
         # As the authors: convolutions by their fan-out, both attentions switched off at first (gamma = 0).
