@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import pipeline
 
+from dmgal_hf.data.benchmarks import list_class_clips, scan_videos
 from dmgal_hf.inference.pipeline import TASK, FewShotVideoClassificationPipeline
 from dmgal_hf.inference.streaming import URL
 from dmgal_hf.inference.support_sets import ABOUT_FILE
@@ -37,37 +38,18 @@ class PredictArguments:
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, mps, ..."})
 
 
-def list_clips(folder: Path) -> list[str]:
-    """Videos of a folder, and folders of frames, by name. Raises `FileNotFoundError` where there is none."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    clips = sorted(str(path) for path in folder.iterdir() if not path.name.startswith("."))
-    if not clips:
-        raise FileNotFoundError(f"{folder} is empty: put at least one video into it")
-    return clips
-
-
 def list_queries(query: str) -> list[str]:
     """A file, a URL or a folder of frames is one query, any other folder holds several."""
     if re.match(URL, query) or not Path(query).is_dir():
         return [query]
-    clips = list_clips(Path(query))
-    pictures = [clip for clip in clips if is_frame(clip)]
-    if pictures and len(pictures) < len(clips):
+    scan = scan_videos(query)
+    pictures = list(filter(is_frame, scan.unknown))
+    queries = sorted([*scan.clips, *scan.unknown])  # what is no video is answered with its error
+    if pictures and len(pictures) < len(queries):
         raise ValueError(f"{query} holds pictures ({pictures[0]}) beside other files: move them out of it")
-    return [query] if pictures else clips
-
-
-def list_examples(support: Path) -> dict[str, list[str]]:
-    """The clips of each class folder."""
-    examples = {}
-    for folder in map(Path, list_clips(support)):
-        if not folder.is_dir():
-            raise NotADirectoryError(f"{support} holds one folder a class, but {folder} is a file")
-        examples[folder.name] = list_clips(folder)
-        for clip in filter(is_frame, examples[folder.name]):
-            raise ValueError(f"{clip} is a picture, not a clip: put the frames of a clip into a folder of their own")
-    return examples
+    if not queries:
+        raise FileNotFoundError(f"{query} is empty: put at least one video into it")
+    return [query] if pictures else queries
 
 
 def read_threshold(text: str | None) -> str | float | None:
@@ -85,7 +67,7 @@ def fit(classifier: FewShotVideoClassificationPipeline, support: Path, unknown: 
         if unknown is not None:
             classifier.unknown = unknown
     else:
-        classifier.fit(list_examples(support), unknown=unknown)
+        classifier.fit(list_class_clips(support), unknown=unknown)
 
 
 def predict(classifier: FewShotVideoClassificationPipeline, query: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from transformers import AutoModel, AutoProcessor
 
+from dmgal_hf.data.benchmarks import list_class_clips
 from dmgal_hf.inference.visualization import (
     plot_cross_attention,
     plot_episode,
@@ -38,17 +39,8 @@ class VisualizeArguments:
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, mps, ..."})
 
 
-def list_folder(folder: Path) -> list[Path]:
-    """What is in a folder, by name. Raises `FileNotFoundError` where there is nothing."""
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
-    if not entries:
-        raise FileNotFoundError(f"{folder} is no folder with something in it: --support holds one folder a class")
-    return entries
-
-
 def main(arguments: VisualizeArguments):
-    folders = list_folder(Path(arguments.support))
-    examples = {folder.name: [str(clip) for clip in list_folder(folder)] for folder in folders}
+    examples = list_class_clips(arguments.support)
     model = AutoModel.from_pretrained(arguments.model).to(arguments.device)
     processor = AutoProcessor.from_pretrained(arguments.model)
     episode = processor(support=examples, query=arguments.query)

@@ -15,7 +15,7 @@ from datasets import ClassLabel, DatasetDict, Video
 from huggingface_hub import constants
 
 from dmgal_hf.data import splits as splits_module
-from dmgal_hf.data.benchmarks import find_videos, load_benchmark, load_video_folder, scan_videos
+from dmgal_hf.data.benchmarks import find_videos, list_class_clips, load_benchmark, load_video_folder, scan_videos
 from dmgal_hf.data.preparation import describe_source
 from dmgal_hf.data.splits import BENCHMARKS, read_split_lists
 from dmgal_hf.training.arguments import DataArguments, parse_arguments
@@ -646,3 +646,29 @@ def test_links_are_followed_and_broken_ones_named(tmp_path):
     (classes / "again").symlink_to(classes)
     with pytest.raises(OSError, match="again"):
         scan_videos(tmp_path / "root")
+
+
+def test_one_top_folder_is_gone_into_and_named(tmp_path, caplog):
+    names = [f"hmdb/{label}/{clip}.mp4" for label in ("run", "sit", "wave") for clip in "ab"]
+    touch(tmp_path / "root", *names, "__MACOSX/hmdb/run/._a.mp4")
+    inside = load_video_folder(tmp_path / "root" / "hmdb")
+    found = load_video_folder(tmp_path / "root")
+    assert {split: rows["video_id"][:] for split, rows in found.items()} == {
+        split: rows["video_id"][:] for split, rows in inside.items()
+    }
+    assert "root holds nothing but the folder 'hmdb'" in caplog.text
+    assert list_class_clips(tmp_path / "root") == list_class_clips(tmp_path / "root" / "hmdb")
+    with zipfile.ZipFile(tmp_path / "root.zip", "w") as archive:
+        for name in names:
+            archive.write(tmp_path / "root" / name, name)
+    assert load_video_folder(tmp_path / "root.zip")["test"]["video_id"][:] == inside["test"]["video_id"][:]
+    touch(tmp_path / "split", "data/train/run/a.mp4", "data/test/sit/a.mp4")
+    assert list(load_video_folder(tmp_path / "split")) == ["train", "test"]
+
+
+def test_one_class_is_no_top_folder(tmp_path):
+    touch(tmp_path / "frames", "run/first/1.jpg", "run/second/1.jpg")
+    assert list(list_class_clips(tmp_path / "frames")) == ["run"]
+    touch(tmp_path / "nested", "run/monday/a.mp4", "run/tuesday/b.mp4")
+    rows = load_video_folder(tmp_path / "nested", fractions=(0, 0, 1))["test"]
+    assert rows["video_id"][:] == ["run/monday/a.mp4", "run/tuesday/b.mp4"]

@@ -129,6 +129,32 @@ def test_a_single_class_is_named_by_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "run/a b 405 0\nwalk/c 3 1\n",
+        "run/a b.avi 3\n\nwalk/c.avi 14\n",
+        "run/a b,405,0\nwalk/c, 3, 1",
+        "run/a b\t405\nwalk/c\t3\n",
+        "run//videos/a b.avi 0\nwalk//videos/c.avi 1\n",
+    ],
+)
+def test_counts_behind_the_ids_are_left_out(tmp_path, text):
+    assert parse_split_list(write(tmp_path / "list.txt", text)) == [("run", "a b"), ("walk", "c")]
+
+
+@pytest.mark.parametrize("text", ["fencing/bout 1\nfencing/bout 2\n", "run/take 1 2\nrun/last\n"])
+def test_numbers_that_may_belong_to_the_id_stay(tmp_path, text):
+    ids = [line.partition("/")[2] for line in text.splitlines()]
+    assert [video_id for _, video_id in parse_split_list(write(tmp_path / "list.txt", text))] == ids
+
+
+def test_counts_on_some_lines_alone_are_refused_at_the_line(tmp_path):
+    path = write(tmp_path / "list.txt", "run/a.avi\nrun/b.avi 3\n")
+    with pytest.raises(ValueError, match=r"list\.txt, line 2: 'run/b\.avi 3' has numbers .* line 1 has none"):
+        parse_split_list(path)
+
+
+@pytest.mark.parametrize(
     "line", ["no slash", "/id", "class/", "a/b/c", "a///b", "test0//", "a/b//c", "test0//x//y.avi"]
 )
 def test_a_line_that_does_not_parse_is_named_by_file_and_number(tmp_path, line):

@@ -391,5 +391,5 @@ def test_script_writes_pictures(tmp_path, monkeypatch, capsys, paradigm):
     for name in written:
         picture = Image.open(tmp_path / "out" / "pictures" / name)
         assert len(np.unique(np.asarray(picture.convert("L")))) > 50 and name in printed
-    with pytest.raises(FileNotFoundError, match=r"nowhere is no folder with something in it: --support"):
+    with pytest.raises(FileNotFoundError, match=r"no folder of videos .*nowhere"):
         run(support=tmp_path / "nowhere")

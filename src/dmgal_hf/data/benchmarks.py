@@ -18,7 +18,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, Video
 
-from ..model.extracted_frames import FRAME_SUFFIXES
+from ..model.extracted_frames import FRAME_SUFFIXES, is_frame
 from ..model.zip_archive import open_zip, split_zip_path
 from .splits import (
     CLIP_SUFFIXES,
@@ -114,7 +114,8 @@ def load_video_folder(
     - `root/<class>/...`: the classes are divided by `seed` and `fractions` (`draw_class_split`).
 
     A clip is a file of any container that FFmpeg reads (by its suffix), or a sub-folder or zip archive of JPEG or PNG
-    frames; it may lie at any depth in the folder of its class.
+    frames; it may lie at any depth in the folder of its class. Where `root` holds one folder alone, and that one the
+    classes or splits (`hmdb/<class>/...`), it is read in place of `root`, with a warning.
 
     Args:
         root (`str` or `os.PathLike`): the folder, or a zip archive, or `FILE.zip#/folder` inside one.
@@ -130,6 +131,8 @@ def load_video_folder(
         ValueError: an empty folder or class, a file that is no video, a class in two splits, too few classes.
     """
     root = _existing_folder(root)
+    if sum(share > 0 for share in fractions) > 1:  # else one class is enough
+        root = _without_top_folder(root)
     folders = _class_folders(root)
     if any(folder.casefold() in SPLIT_FOLDERS for folder in folders):
         class_folders = _given_splits(root, folders)
@@ -138,22 +141,46 @@ def load_video_folder(
         class_folders = {
             split: {name: os.path.join(root, name) for name in class_names} for split, class_names in drawn.items()
         }
-    unknown: list[str] = []
-    rows: dict[str, list[tuple[str, str, str]]] = {}
-    for split, found in class_folders.items():
-        rows[split] = []
-        for class_name, folder in found.items():
-            scan = scan_videos(folder)
-            unknown += scan.unknown
-            for path in scan.clips:
-                video_id = Path(class_name, os.path.relpath(path, folder)).as_posix()
-                rows[split].append((path, class_name, video_id))
-            if not scan.clips and not scan.unknown:
-                raise ValueError(f"The class folder {folder} holds no video. Add clips to it or remove it.")
+    check_splits_are_disjoint({split: [(name, name) for name in found] for split, found in class_folders.items()})
+    clips = _clips_of(root, {name: folder for found in class_folders.values() for name, folder in found.items()})
+    rows = {
+        split: [
+            (path, name, Path(name, os.path.relpath(path, folder)).as_posix())
+            for name, folder in found.items()
+            for path in clips[name]
+        ]
+        for split, found in class_folders.items()
+    }
+    return _to_dataset_dict(rows, class_names=[name for found in class_folders.values() for name in found])
+
+
+def list_class_clips(root: str | os.PathLike) -> dict[str, list[str]]:
+    """The clips of each class of a folder `root/<class>/...`, as [`load_video_folder`] finds them.
+
+    Args:
+        root (`str` or `os.PathLike`): the folder, or a zip archive, or `FILE.zip#/folder` inside one.
+
+    Returns:
+        `dict[str, list[str]]`: class name -> paths of its clips, both sorted.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: an empty folder or class, or a file that is no video or lies outside any class.
+    """
+    root = _without_top_folder(_existing_folder(root))
+    return _clips_of(root, {name: os.path.join(root, name) for name in _class_folders(root)})
+
+
+def _clips_of(root: str, folders: Mapping[str, str]) -> dict[str, list[str]]:
+    """Class name -> paths of all clips in its folder; anything else in there is refused."""
+    scans = {class_name: scan_videos(folder) for class_name, folder in folders.items()}
+    for class_name, scan in scans.items():
+        if not scan.clips and not scan.unknown:
+            raise ValueError(f"The class folder {folders[class_name]} holds no video. Add clips to it or remove it.")
+    unknown = [path for scan in scans.values() for path in scan.unknown]
     if unknown:
         _refuse_unknown(root, unknown)
-    check_splits_are_disjoint({split: [row[1:] for row in found] for split, found in rows.items()})
-    return _to_dataset_dict(rows, class_names=[name for found in class_folders.values() for name in found])
+    return {class_name: scan.clips for class_name, scan in scans.items()}
 
 
 @dataclass
@@ -221,7 +248,7 @@ def _entries(folder: str) -> Iterator[tuple[str, str]]:
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.name.startswith("."):
+            if not entry.name.startswith(".") and entry.name != "__MACOSX":  # what macOS keeps about the files
                 yield entry.name, "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
 
 
@@ -421,14 +448,32 @@ def read_ssv2_templates(paths: Iterable[str | os.PathLike]) -> dict[str, str]:
     return templates
 
 
+class LooseFileError(NotADirectoryError, ValueError):
+    """A file where folders of classes are expected."""
+
+
+def _without_top_folder(root: str) -> str:
+    """`root`, or the folder that is all it holds, where that is a folder of folders and no class of its own."""
+    clips, images, others, subfolders = _list_folder(root)
+    if clips or images or others or len(subfolders) != 1:
+        return root
+    (top,) = subfolders
+    clips, images, others, inside = _list_folder(top)
+    of_frames = all(_list_folder(folder)[1] for folder in inside)
+    if clips or images or others or of_frames or os.path.basename(top).casefold() in SPLIT_FOLDERS:
+        return root
+    logger.warning("%s holds nothing but the folder %r: it is read in its place.", root, os.path.basename(top))
+    return _without_top_folder(top)
+
+
 def _class_folders(root: str) -> list[str]:
     """Names of the folders in `root`, sorted; loose files are refused, since they have no class."""
     clips, images, others, subfolders = _list_folder(root)
     loose = sorted(clips + images + others)
     if loose:
-        raise ValueError(
-            f"{loose[0]} ({len(loose)} such) lies outside any class. Expected folders: {root}/<class>/<clip> or "
-            f"{root}/train/<class>/<clip>."
+        raise LooseFileError(
+            f"{loose[0]} ({len(loose)} such) is a file and lies outside any class. Expected folders: "
+            f"{root}/<class>/<clip> or {root}/train/<class>/<clip>."
         )
     if not subfolders:
         raise ValueError(f"{root} is empty. Expected {root}/<class>/<clip> or {root}/train/<class>/<clip>.")
@@ -455,11 +500,13 @@ def _given_splits(root: str, folders: Sequence[str]) -> dict[str, dict[str, str]
 
 
 def _refuse_unknown(root: str, unknown: Sequence[str]) -> None:
-    names = _first([os.path.relpath(path, root) for path in unknown], 10)
-    raise ValueError(
-        f"{len(unknown)} entries of {root} are no video: {names}. Remove them, or hide them with a leading dot. "
-        "Frames of a clip belong into a folder or zip archive of their own."
+    names = [os.path.relpath(path, root) for path in unknown]
+    message = (
+        f"{len(unknown)} entries of {root} are no video: {_first(names, 10)}. Remove them, or hide them with a dot."
     )
+    if picture := next(filter(is_frame, names), None):
+        message += f" {picture} is a picture, not a clip: put the frames of a clip into a folder or zip of their own."
+    raise ValueError(message)
 
 
 def _existing_folder(folder: str | os.PathLike) -> str:

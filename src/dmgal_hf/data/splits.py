@@ -31,6 +31,9 @@ VIDEO_SUFFIXES = frozenset({
 # A zip archive holds the extracted frames of one clip.
 CLIP_SUFFIXES = VIDEO_SUFFIXES | {".zip"}
 
+# Up to two numbers at the end of a line, after spaces, tabs or commas.
+COUNTS = re.compile(r"(?P<entry>.+?)(?P<counts>(?:\s*[,\s]\s*\d+){1,2})", re.ASCII)
+
 # (class name, video id): one line of a split list.
 ListedVideo = tuple[str, str]
 
@@ -123,6 +126,10 @@ def parse_split_list(path: str | os.PathLike) -> list[ListedVideo]:
       (`fencing`) if there are at least two folders and each label of the list has a folder of its own, as in the
       lists of HMDB51, UCF101 and Kinetics. In a flat folder (`test0//clips/name.mp4`) the label is all there is.
 
+    The number of frames, the number of the class, or both may follow on every line, as lists for other programs have
+    them: `class/name.avi 3`, `class/name,405,0`. They are left out. One number after a space and an id without the
+    suffix of a video (`class/bout 1`) is part of the id.
+
     Args:
         path (`str` or `os.PathLike`): a UTF-8 text file.
 
@@ -131,10 +138,12 @@ def parse_split_list(path: str | os.PathLike) -> list[ListedVideo]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line does not parse, an id occurs twice, or the file is empty or no text; with file and line.
+        ValueError: a line does not parse or alone has numbers behind its id, an id occurs twice, or the file is empty
+            or no text; with file and line.
     """
-    lines = _read_lines(Path(path))
-    entries = [(number, *_parse_line(path, number, line)) for number, line in enumerate(lines, start=1) if line]
+    lines = {number: line for number, line in enumerate(_read_lines(Path(path)), start=1) if line}
+    lines = _without_counts(path, lines)
+    entries = [(number, *_parse_line(path, number, line)) for number, line in lines.items()]
     if not entries:
         raise ValueError(f"{path} lists no video. A line reads `class/video id`.")
     _refuse_repeated_ids(path, entries)
@@ -154,6 +163,30 @@ def _read_lines(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a UTF-8 text file: {error}.") from error
+
+
+def _without_counts(path, lines: dict[int, str]) -> dict[int, str]:
+    """The lines, by their numbers, without the counts behind their ids."""
+    found = {
+        number: match for number, line in lines.items() if (match := COUNTS.fullmatch(line)) and _are_counts(match)
+    }
+    if not found or len(found) == len(lines):
+        return {number: match["entry"] for number, match in found.items()} or lines
+    # Numbers behind a suffix are counts. Elsewhere they may be part of the ids where not all have them.
+    sure = [number for number, match in found.items() if clip_stem(match["entry"]) != match["entry"]]
+    if not sure:
+        return lines
+    other = next(number for number in lines if number not in found)
+    raise ValueError(
+        f"{path}, line {sure[0]}: {lines[sure[0]]!r} has numbers behind the video id, and line {other} has none: "
+        "write them on every line, or on none."
+    )
+
+
+def _are_counts(match: re.Match) -> bool:
+    """Whether numbers at the end of a line are counts for sure: one after a space may belong to the id ("bout 1")."""
+    has_suffix = clip_stem(match["entry"]) != match["entry"]
+    return has_suffix or len(match["counts"].split()) > 1 or any(mark in match["counts"] for mark in ",\t")
 
 
 def _parse_line(path, number: int, line: str) -> tuple[str, str | None, str]:
