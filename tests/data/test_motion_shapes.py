@@ -11,7 +11,7 @@ import pytest
 from datasets import ClassLabel, Value, Video
 from huggingface_hub import constants
 
-from dmgal_hf.data import motion_shapes
+from dmgal_hf.data import clip_looks, motion_shapes
 from dmgal_hf.data.motion_shapes import FRAMES, MOTIONS, PRESETS, SHAPES, SIZE, load_motion_shapes, render_clip
 
 SEGMENT_CENTRES = np.arange(3, FRAMES, 6)  # the 8 frames a model sees
@@ -243,7 +243,7 @@ def test_rotation_shows_on_every_shape_without_texture(shape):
 @pytest.mark.parametrize("name", ["noise", "stripes", "checker"])
 def test_backgrounds_move_with_the_camera_and_wrap(name):
     shift = np.array([[0.0, 3, -2, 1.5, SIZE, -1e-17], [0.0, 0, 5, 0, -SIZE, 2.25]])
-    picture = motion_shapes._background(np.random.default_rng(0), name, shift)
+    picture = clip_looks.draw_background(np.random.default_rng(0), name, shift)
     still = picture[0]
     assert still.min() >= 0 and still.max() <= 1 and still.std() > 0.1
     right = (np.roll(still, 1, 1) + np.roll(still, 2, 1)) / 2

@@ -12,31 +12,30 @@ processes. Between machines the last bit of a sine or of the colour conversion m
 by a grey level or two; the bytes of the files also depend on the version of x264.
 """
 
-import hashlib
-import io
 import math
-import multiprocessing
 import operator
 import os
-import signal
-import uuid
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, Video
-from huggingface_hub import constants
-from tqdm.auto import tqdm
+from datasets import DatasetDict
+
+from .clip_looks import (
+    FRAMES,
+    SIZE,
+    camera_walk,
+    choose,
+    contrasting_colour,
+    draw_backdrop,
+    log_uniform,
+    random_numbers,
+    soft_edged,
+)
+from .made_up_videos import MadeUpVideos, load_made_up_videos
 
 GENERATOR_VERSION = 1  # raise it with any change that alters a clip: it names the cache folder and seeds the clips
-SIZE = 112  # pixels, height and width
-FRAMES = 48
-FRAMES_PER_SECOND = 24
-
 RADIUS_RANGE = (16, 26)  # pixels, before the size changes
 SCALE_RANGE = 0.9  # change of the logarithm of the size, where it changes; one value, or sizes would tell the class
 
@@ -127,39 +126,6 @@ PRESETS = {
 }
 
 
-def _log_uniform(rng, low: float, high: float) -> float:
-    return low * (high / low) ** rng.random()
-
-
-def _choose(rng, options):
-    return options[int(rng.random() * len(options))]
-
-
-def _colours(rng, number: int, levels: tuple[float, float]) -> np.ndarray:
-    return levels[0] + (levels[1] - levels[0]) * rng.random((number, 3))
-
-
-def _contrasting_colour(rng, levels: tuple[float, float], others: list[tuple[np.ndarray, float]]) -> np.ndarray:
-    """A random colour (3,) within levels whose luma differs from each of `others` (colour, margin) by its margin.
-
-    Luma, because video halves the resolution of colour, and some models look at grey. The first of 64 draws that
-    fits, else the one that comes nearest.
-    """
-    luma = np.array([0.299, 0.587, 0.114])
-    colours = _colours(rng, 64, levels)
-    slack = np.min([np.abs((colours - other) @ luma) - margin for other, margin in others], axis=0)
-    return colours[np.argmax(np.minimum(slack, 0))]
-
-
-def _camera_walk(rng) -> np.ndarray:
-    """(2, frames): a smooth random walk of the whole picture, in pixels, of about 2 pixels over the clip."""
-    knots = np.cumsum(2.4 * rng.random((2, 9)) - 1.2, axis=1)
-    position = np.linspace(0, 8, FRAMES)
-    left = np.minimum(position.astype(int), 7)
-    ease = 0.5 - 0.5 * np.cos(np.pi * (position - left))
-    return knots[:, left] * (1 - ease) + knots[:, left + 1] * ease
-
-
 def _box(p, q, half_width: float, half_height: float):
     return np.maximum(np.abs(p) - half_width, np.abs(q) - half_height)
 
@@ -182,49 +148,15 @@ SHAPES = {
 }
 
 
-def _soft_edged(wave):
-    """Two-tone weights (0..1) from a wave (-1..1)."""
-    return np.clip(0.5 + 2 * wave, 0, 1)
-
-
 # Weight (0..1) of the object's second colour at p, q in its own unit coordinates; f a frequency; a, b, c phases.
 TEXTURES = {
     "flat": lambda f, a, b, c, p, q: np.zeros_like(p),
     "gradient": lambda f, a, b, c, p, q: np.clip(0.5 - 0.5 * q, 0, 1),
-    "stripes": lambda f, a, b, c, p, q: _soft_edged(np.sin(f * q + a)),
-    "checker": lambda f, a, b, c, p, q: _soft_edged(np.sin(f * p + a) * np.sin(f * q + b)),
+    "stripes": lambda f, a, b, c, p, q: soft_edged(np.sin(f * q + a)),
+    "checker": lambda f, a, b, c, p, q: soft_edged(np.sin(f * p + a) * np.sin(f * q + b)),
     "dots": lambda f, a, b, c, p, q: np.clip(3 * np.cos(f * p + a) * np.cos(f * q + b) - 1, 0, 1),
-    "blotches": lambda f, a, b, c, p, q: _soft_edged(
-        np.sin(f * p + a + np.sin(5 * q + b)) + np.sin(f * q + c + 3 * p)
-    ),
+    "blotches": lambda f, a, b, c, p, q: soft_edged(np.sin(f * p + a + np.sin(5 * q + b)) + np.sin(f * q + c + 3 * p)),
 }
-
-
-def _background(rng, name: str, shift: np.ndarray) -> np.ndarray:
-    """Weight (0..1) of the background's second colour, (frames, SIZE, SIZE) float32, periodic like the picture.
-
-    `shift` (2, frames): how far the camera has moved the picture, in pixels, x then y.
-    """
-    if name == "noise":
-        finest = _log_uniform(rng, 4, 14)  # waves a picture
-        frequency = np.hypot(np.fft.fftfreq(SIZE, 1 / SIZE)[:, None], np.fft.rfftfreq(SIZE, 1 / SIZE))
-        noise = np.fft.rfft2(rng.random((SIZE, SIZE)) - 0.5) * np.exp(-((frequency / finest) ** 2))
-        noise = np.fft.irfft2(noise, s=(SIZE, SIZE))
-        still = np.clip(0.5 + 0.3 * noise / noise.std(), 0, 1)
-    else:
-        x = 2 * np.pi * np.arange(SIZE) / SIZE
-        across, down = _choose(rng, range(2, 8)) * x, _choose(rng, range(2, 8)) * x[:, None]
-        slant = _choose(rng, (-1, 1))
-        still = _soft_edged(np.sin(across + slant * down) if name == "stripes" else np.sin(across) * np.sin(down))
-
-    still = np.pad(still.astype(np.float32), (0, SIZE), mode="wrap")
-    whole, part = np.mod(np.floor(-shift), SIZE).astype(int), np.mod(-shift, 1).astype(np.float32)
-    moved = np.empty((shift.shape[1], SIZE, SIZE), np.float32)
-    for frame, ((column, row), (right, lower)) in enumerate(zip(whole.T, part.T, strict=True)):
-        window = still[row : row + SIZE + 1, column : column + SIZE + 1]
-        rows = window[:-1] + lower * (window[1:] - window[:-1])
-        moved[frame] = rows[:, :-1] + right * (rows[:, 1:] - rows[:, :-1])
-    return moved
 
 
 def _paint(frames, centre, radius, angle, shape, texture, colours) -> None:
@@ -257,8 +189,8 @@ def _paint(frames, centre, radius, angle, shape, texture, colours) -> None:
 
 def _draw_track(rng, motion: Motion, camera: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where the object is: centre (2, frames) and radius (frames,) in pixels, angle (frames,) in radians clockwise."""
-    start, angle, radius = SIZE * rng.random((2, 1)), 2 * np.pi * rng.random(), _log_uniform(rng, *RADIUS_RANGE)
-    speed, kept_scale = _log_uniform(rng, 0.8, 1.25), SCALE_RANGE * (rng.random() - 0.5)
+    start, angle, radius = SIZE * rng.random((2, 1)), 2 * np.pi * rng.random(), log_uniform(rng, *RADIUS_RANGE)
+    speed, kept_scale = log_uniform(rng, 0.8, 1.25), SCALE_RANGE * (rng.random() - 0.5)
     x, y, turn, log_scale = motion.path(np.linspace(0, 1, FRAMES))
     log_scale = log_scale if log_scale.any() else log_scale + kept_scale
     centre = start + speed * SIZE * np.stack([x, y]) + camera
@@ -274,13 +206,11 @@ def render_clip(class_name: str, preset: str = "plain", seed: int = 0, index: in
     Raises:
         ValueError: if the class or the preset is unknown.
     """
-    _check_preset(preset)
-    if class_name not in MOTIONS:
-        raise ValueError(f"unknown motion class {class_name!r}: use one of {', '.join(MOTIONS)}")
-    rng = _random_numbers(
+    MOTION_SHAPES.check(preset, class_name)
+    rng = random_numbers(
         f"motion_shapes/{GENERATOR_VERSION}/{preset}/{operator.index(seed)}/{class_name}/{operator.index(index)}"
     )
-    camera = _camera_walk(rng)
+    camera = camera_walk(rng)
     frames, _, _, paint = _draw_looks(rng, PRESETS[preset], camera)
     paint(*_draw_track(rng, MOTIONS[class_name], camera))
     return frames
@@ -295,18 +225,12 @@ def render_still(preset: str = "plain", seed: int = 0, index: int = 0) -> tuple[
     Raises:
         ValueError: if the preset is unknown.
     """
-    _check_preset(preset)
-    rng = _random_numbers(f"still_shapes/{GENERATOR_VERSION}/{preset}/{operator.index(seed)}/{operator.index(index)}")
+    MOTION_SHAPES.check(preset)
+    rng = random_numbers(f"still_shapes/{GENERATOR_VERSION}/{preset}/{operator.index(seed)}/{operator.index(index)}")
     frames, shape, texture, paint = _draw_looks(rng, PRESETS[preset], np.zeros((2, 1)))
-    radius = _log_uniform(rng, *RADIUS_RANGE) * np.exp(SCALE_RANGE * (rng.random(1) - 0.5))
+    radius = log_uniform(rng, *RADIUS_RANGE) * np.exp(SCALE_RANGE * (rng.random(1) - 0.5))
     paint(SIZE * rng.random((2, 1)), radius, 2 * np.pi * rng.random(1))
     return frames[0], shape, texture
-
-
-def _random_numbers(name: str) -> np.random.Generator:
-    # Philox, and only its method `random`: the same numbers on every machine.
-    digest = hashlib.sha256(name.encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def _draw_looks(rng, style: _Style, camera: np.ndarray) -> tuple[np.ndarray, str, str, Callable]:
@@ -316,83 +240,20 @@ def _draw_looks(rng, style: _Style, camera: np.ndarray) -> tuple[np.ndarray, str
         The background (frames, SIZE, SIZE, 3) uint8 for a camera walk (2, frames), the names of shape and texture, and
         what paints the object into it for a centre, a radius and an angle as `_draw_track` gives them.
     """
-    grounds, backdrop = list(_colours(rng, 1, style.ground_levels)), _choose(rng, style.backgrounds)
-    if backdrop == "flat":
-        frames = np.empty((camera.shape[1], SIZE, SIZE, 3), np.uint8)
-        frames[:] = np.rint(255 * grounds[0])
-    else:
-        grounds.append(np.clip(grounds[0] + 0.5 * (rng.random(3) - 0.5), 0, 1))
-        levels = np.rint(np.linspace(255 * grounds[0], 255 * grounds[1], 256)).astype(np.uint8)
-        frames = np.take(levels, np.rint(255 * _background(rng, backdrop, camera)).astype(np.uint8), axis=0)
+    frames, grounds = draw_backdrop(rng, style.backgrounds, style.ground_levels, camera)
     apart = [(ground, style.contrast) for ground in grounds]
-    first = _contrasting_colour(rng, style.object_levels, apart)
-    second = _contrasting_colour(rng, style.object_levels, [*apart, (first, 0.15)])
-    shape, phases = _choose(rng, list(SHAPES)), 2 * np.pi * rng.random(3).astype(np.float32)
-    texture = _choose(rng, style.textures)
-    pattern = partial(TEXTURES[texture], _log_uniform(rng, 5, 9), *phases)
+    first = contrasting_colour(rng, style.object_levels, apart)
+    second = contrasting_colour(rng, style.object_levels, [*apart, (first, 0.15)])
+    shape, phases = choose(rng, list(SHAPES)), 2 * np.pi * rng.random(3).astype(np.float32)
+    texture = choose(rng, style.textures)
+    pattern = partial(TEXTURES[texture], log_uniform(rng, 5, 9), *phases)
     paint = partial(_paint, frames, shape=SHAPES[shape], texture=pattern, colours=np.stack([first, second]))
     return frames, shape, texture, paint
 
 
-def _encode(frames: np.ndarray) -> bytes:
-    """One H.264 mp4 file, the same bytes on every call."""
-    file = io.BytesIO()
-    # bitexact: no library version in the file's header.
-    with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(
-            "libx264",
-            rate=FRAMES_PER_SECOND,
-            # A keyframe every 12 frames and no B-frames: a reader that wants 8 of the 48 frames starts at the keyframe
-            # before each, and gets frames in the order they are stored. Longer groups save little at this size.
-            options={"preset": "veryfast", "crf": "18", "g": "12", "bf": "0", "sc_threshold": "0"},
-        )
-        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
-        stream.codec_context.thread_count = 1  # x264's output depends on the number of its threads
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return file.getvalue()
-
-
-def _clip_name(index: int) -> str:
-    return f"{index:05d}.mp4"
-
-
-def _write_clip(job: tuple[str, str, str, int, int]) -> None:
-    """Render one clip into its class folder; top-level, with plain arguments, so that a spawned process can run it."""
-    folder, class_name, preset, seed, index = job
-    target = Path(folder) / class_name / _clip_name(index)
-    content = _encode(render_clip(class_name, preset, seed, index))
-    # Written aside and renamed: a file under its final name is always whole, also when the program is killed or when
-    # another one writes the same clip (the same bytes) at the same time.
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _write_clips(jobs: list[tuple], num_proc: int) -> None:
-    bar = {"total": len(jobs), "desc": "Making motion shapes", "unit": "clip"}
-    if num_proc == 1:
-        for _ in tqdm(map(_write_clip, jobs), **bar):
-            pass
-        return
-    # The start method is the program's own choice (`multiprocessing.set_start_method`), else the platform's default.
-    # Ctrl-C is the parent's business: it then drops what is queued, and the processes end with the clip at hand.
-    start_method, ignore_ctrl_c = multiprocessing.get_context(), (signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(num_proc, start_method, initializer=signal.signal, initargs=ignore_ctrl_c)
-    try:
-        for _ in tqdm(pool.map(_write_clip, jobs, chunksize=4), **bar):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _check_preset(preset: str) -> None:
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r} of motion shapes: use one of {', '.join(PRESETS)}")
+MOTION_SHAPES = MadeUpVideos(
+    "motion shapes", GENERATOR_VERSION, PRESETS, {name: motion.split for name, motion in MOTIONS.items()}, render_clip
+)
 
 
 def load_motion_shapes(
@@ -419,35 +280,4 @@ def load_motion_shapes(
         ValueError: unknown preset, or `clips_per_class` or `num_proc` below 1.
         OSError: the cache folder cannot be made or written.
     """
-    _check_preset(preset)
-    num_proc = (os.cpu_count() or 1) if num_proc is None else num_proc
-    for name, value in (("clips_per_class", clips_per_class), ("num_proc", num_proc)):
-        if operator.index(value) < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
-
-    root = Path(cache_dir) if cache_dir is not None else Path(constants.HF_HOME, "dmgal_hf", "motion_shapes")
-    folder = root.expanduser().absolute() / f"{preset}-seed{operator.index(seed)}-v{GENERATOR_VERSION}"
-    try:
-        jobs = []
-        for name in MOTIONS:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            present = set(os.listdir(folder / name))
-            missing = (index for index in range(clips_per_class) if _clip_name(index) not in present)
-            jobs += [(str(folder), name, preset, operator.index(seed), index) for index in missing]
-        if jobs:
-            _write_clips(jobs, min(num_proc, math.ceil(len(jobs) / 8)))  # fewer than 8 clips are not worth a process
-    except OSError as error:
-        raise OSError(
-            f"cannot write motion shapes clips under {folder}: {error}; give a writable folder with room as cache_dir"
-        ) from error
-
-    label = ClassLabel(names=list(MOTIONS))
-    features = Features({"video": Video(decode=False), "label": label, "video_id": Value("string")})
-    splits = DatasetDict()
-    for split in ("train", "validation", "test"):
-        clips = [(n, i) for n, motion in MOTIONS.items() if motion.split == split for i in range(clips_per_class)]
-        paths = [str(folder / name / _clip_name(index)) for name, index in clips]
-        ids = [f"{name}_{index:05d}" for name, index in clips]
-        columns = {"video": paths, "label": [name for name, _ in clips], "video_id": ids}
-        splits[split] = Dataset.from_dict(columns, features=features, split=split)
-    return splits
+    return load_made_up_videos(MOTION_SHAPES, preset, clips_per_class, seed, cache_dir, num_proc)

@@ -9,7 +9,8 @@ from typing import Any
 import av
 from transformers import PreTrainedModel, pipeline
 
-from ..data.motion_shapes import FRAMES_PER_SECOND, render_clip
+from ..data.clip_looks import FRAMES_PER_SECOND
+from ..data.motion_shapes import render_clip
 from ..model.video_decoding import VideoDecodeError
 from .pipeline import TASK, FewShotVideoClassificationPipeline
 

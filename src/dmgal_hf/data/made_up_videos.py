@@ -1,0 +1,153 @@
+"""Made-up videos as files and datasets: renders the clips that are not yet in the cache, in several processes."""
+
+import io
+import math
+import multiprocessing
+import operator
+import os
+import signal
+import uuid
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, Video
+from huggingface_hub import constants
+from tqdm.auto import tqdm
+
+from .clip_looks import FRAMES_PER_SECOND
+
+
+class MadeUpVideos(NamedTuple):
+    """
+    A dataset whose clips are drawn.
+
+    Attributes:
+        name: how messages call it; with underscores, its folder in the cache and its name on the command line.
+        version: of the generator; it names the folder of the clips.
+        presets: names of its presets.
+        splits: split by class, in the order of the classes: "train" (base), "validation" or "test" (novel).
+        render: (class, preset, seed, index) -> (frames, height, width, 3) uint8 RGB; top-level, so that a spawned
+            process finds it.
+    """
+
+    name: str
+    version: int
+    presets: Collection[str]
+    splits: Mapping[str, str]
+    render: Callable[[str, str, int, int], np.ndarray]
+
+    def check(self, preset: str, class_name: str | None = None):
+        """
+        Raises:
+            ValueError: the preset or the class is unknown.
+        """
+        if preset not in self.presets:
+            raise ValueError(f"unknown preset {preset!r} of {self.name}: use one of {', '.join(self.presets)}")
+        if class_name is not None and class_name not in self.splits:
+            raise ValueError(
+                f"unknown motion class {class_name!r} of {self.name}: use one of {', '.join(self.splits)}"
+            )
+
+
+def _encode(frames: np.ndarray) -> bytes:
+    """One H.264 mp4 file, the same bytes on every call."""
+    file = io.BytesIO()
+    # bitexact: no library version in the file's header.
+    with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream(
+            "libx264",
+            rate=FRAMES_PER_SECOND,
+            # A keyframe every 12 frames and no B-frames: a reader that wants 8 of the 48 frames starts at the keyframe
+            # before each, and gets frames in the order they are stored. Longer groups save little at this size.
+            options={"preset": "veryfast", "crf": "18", "g": "12", "bf": "0", "sc_threshold": "0"},
+        )
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.thread_count = 1  # x264's output depends on the number of its threads
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def _clip_name(index: int) -> str:
+    return f"{index:05d}.mp4"
+
+
+def _write_clip(job: tuple[Callable, str, str, str, int, int]) -> None:
+    """Render one clip into its class folder; top-level, with plain arguments, so that a spawned process can run it."""
+    render, folder, class_name, preset, seed, index = job
+    target = Path(folder) / class_name / _clip_name(index)
+    content = _encode(render(class_name, preset, seed, index))
+    # Written aside and renamed: a file under its final name is always whole, also when the program is killed or when
+    # another one writes the same clip (the same bytes) at the same time.
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write_clips(jobs: list[tuple], num_proc: int, name: str) -> None:
+    bar = {"total": len(jobs), "desc": f"Making {name}", "unit": "clip"}
+    if num_proc == 1:
+        for _ in tqdm(map(_write_clip, jobs), **bar):
+            pass
+        return
+    # The start method is the program's own choice (`multiprocessing.set_start_method`), else the platform's default.
+    # Ctrl-C is the parent's business: it then drops what is queued, and the processes end with the clip at hand.
+    start_method, ignore_ctrl_c = multiprocessing.get_context(), (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(num_proc, start_method, initializer=signal.signal, initargs=ignore_ctrl_c)
+    try:
+        for _ in tqdm(pool.map(_write_clip, jobs, chunksize=4), **bar):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def load_made_up_videos(
+    videos: MadeUpVideos,
+    preset: str,
+    clips_per_class: int,
+    seed: int,
+    cache_dir: str | os.PathLike | None,
+    num_proc: int | None,
+) -> DatasetDict:
+    """Make the clips that are not yet in the cache, and offer them as datasets; see [`load_motion_shapes`]."""
+    videos.check(preset)
+    num_proc = (os.cpu_count() or 1) if num_proc is None else num_proc
+    for name, value in (("clips_per_class", clips_per_class), ("num_proc", num_proc)):
+        if operator.index(value) < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1")
+
+    default = Path(constants.HF_HOME, "dmgal_hf", videos.name.replace(" ", "_"))
+    root = Path(cache_dir) if cache_dir is not None else default
+    folder = root.expanduser().absolute() / f"{preset}-seed{operator.index(seed)}-v{videos.version}"
+    try:
+        jobs = []
+        for name in videos.splits:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            present = set(os.listdir(folder / name))
+            missing = (index for index in range(clips_per_class) if _clip_name(index) not in present)
+            jobs += [(videos.render, str(folder), name, preset, operator.index(seed), index) for index in missing]
+        if jobs:  # fewer than 8 clips are not worth a process
+            _write_clips(jobs, min(num_proc, math.ceil(len(jobs) / 8)), videos.name)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {videos.name} clips under {folder}: {error}; give a writable folder with room as cache_dir"
+        ) from error
+
+    label = ClassLabel(names=list(videos.splits))
+    features = Features({"video": Video(decode=False), "label": label, "video_id": Value("string")})
+    splits = DatasetDict()
+    for split in ("train", "validation", "test"):
+        clips = [(name, i) for name, own in videos.splits.items() if own == split for i in range(clips_per_class)]
+        paths = [str(folder / name / _clip_name(index)) for name, index in clips]
+        ids = [f"{name}_{index:05d}" for name, index in clips]
+        columns = {"video": paths, "label": [name for name, _ in clips], "video_id": ids}
+        splits[split] = Dataset.from_dict(columns, features=features, split=split)
+    return splits
