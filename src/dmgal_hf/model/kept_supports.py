@@ -1,11 +1,14 @@
 """What queries need to know of the supports of an episode, computed once and kept."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from .motion_adapters import SupportCache
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,23 @@ class DmgalSupport:
     labels: torch.Tensor
     way: int
     states: dict[str, torch.Tensor]
+
+    @classmethod
+    def from_clips(cls, clips: Mapping[str, torch.Tensor], labels: torch.Tensor, way: int) -> "DmgalSupport":
+        """Of tensors `(B, S, ...)`, those of [`DmgalModel.encode_clips`] for the supports of B episodes."""
+        states = {}
+        for name in clips:
+            if name == "cross.motion" or name.startswith("support."):
+                state = clips[name].movedim((0, 1), (-5, -3)).flatten(-3, -2)  # (..., B, T, S·P, d)
+                states[name.removeprefix("support.")] = state
+        if any(not name.startswith("cross.") for name in states):
+            states["num_support"] = torch.full(labels.shape[:1], labels.shape[1])
+        return cls(clips["features"], labels, way, states)
+
+    def cache(self) -> SupportCache:
+        """What Cmga-Adapters read."""
+        states = {name: state for name, state in self.states.items() if not name.startswith("cross.")}
+        return SupportCache.from_tensors(states)
 
     def to(self, *args, **kwargs) -> "DmgalSupport":
         """As [`torch.Tensor.to`]; a dtype applies to the floating tensors alone."""

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -219,6 +220,72 @@ class DmgalModel(DmgalPreTrainedModel):
         """
         return self._encode_support(support_pixel_values, support_labels)[0]
 
+    def encode_clips(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        The half that depends on a clip alone, whichever episodes it is in and as what: [`score_clips`] does the rest.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(V, T, 3, H, W)`): clips.
+
+        Returns:
+            `dict` of tensors whose first axis is that of the clips. What begins with "support." is read of a support
+            alone, with "query." of a query alone:
+
+            - `features` `(V, T, D)`: frame descriptors of the clip as a support, and as a query before it has read.
+            - `cross.motion` `(V, directions, T, P, c)` and `support.cross.values` `(V, T, P, C)`: of C-MGA.
+            - `support.*` `(V, T, P, d)`, keys and values of Cmga-Adapters, and the tokens that enter the first block
+              with one: `query.prefix` `(V, T, prefix, D)` and `query.patches` `(V, T, h, w, D)`.
+        """
+        self._check_videos("pixel_values", pixel_values[None])
+        cache = SupportCache(keep_tokens=True)
+        features, states, _ = self._encode_alone(pixel_values[:, None], cache)  # each an episode of its own
+        clips = {"features": features[:, 0]}
+        for name, state in states.items():
+            if name != "num_support":
+                clips[name if name == "cross.motion" else f"support.{name}"] = state.movedim(-4, 0)
+        if len(cache):
+            grid = self._patch_grid(pixel_values.shape[-2:])
+            prefix, patches = cache.tokens.split([cache.tokens.shape[1] - grid[0] * grid[1], grid[0] * grid[1]], 1)
+            clips["query.prefix"] = prefix.unflatten(0, pixel_values.shape[:2])
+            clips["query.patches"] = patches.unflatten(1, grid).unflatten(0, pixel_values.shape[:2])
+        return clips
+
+    def score_clips(
+        self,
+        support: Mapping[str, torch.Tensor],
+        support_labels: torch.Tensor,
+        query: Mapping[str, torch.Tensor],
+        way: int | None = None,
+    ) -> torch.Tensor:
+        """
+        The half that depends on the episode: the logits that [`forward`] gives for the same clips.
+
+        Args:
+            support (`Mapping` of tensors `(B, S, ...)`): what [`encode_clips`] gave for the supports of B episodes.
+            support_labels (`torch.LongTensor` of shape `(B, S)`): their classes, 0..way-1, each at least once.
+            query (`Mapping` of tensors `(B, Q, ...)`): the same for the queries.
+            way (`int`, *optional*): N, by default read from the labels, for which a GPU has to be waited for.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, Q, N)`: the logits.
+        """
+        way = int(support_labels.max()) + 1 if way is None else way
+        kept = DmgalSupport.from_clips(support, support_labels, way)
+        if "query.patches" in query:
+            patches = query["query.patches"]
+            cache = kept.cache()
+            cache.resume = torch.cat([query["query.prefix"].flatten(0, 2), patches.flatten(0, 2).flatten(1, 2)], 1)
+            grid, patch = patches.shape[3:5], _pair(self.config.backbone_config.patch_size)
+            stand_in = torch.zeros(1, 3, *(n * side for n, side in zip(grid, patch)), device=patches.device)
+            maps = self._backbone_maps(stand_in.to(self.dtype), patches.shape[:3], cache)
+            features, _ = self._describe(self._encode_videos(maps, may_fold=not self.training)[0], kept)
+        elif self.cross_attention is not None:
+            motion = query["cross.motion"].permute(2, 0, 3, 1, 4, 5)  # (directions, B, T, Q, P, c)
+            features, _ = self.cross_attention.read(query["features"], motion, _cross_keys(kept))
+        else:
+            features = query["features"]
+        return self._match(features, kept.features, support_labels, way)
+
     @property
     def frames_are_independent(self) -> bool:
         """Whether the backbone sees one frame at a time, so that [`encode_frames`] may be used."""
@@ -247,7 +314,7 @@ class DmgalModel(DmgalPreTrainedModel):
                 "encode_frames() needs a backbone that sees one frame at a time, but the MGA adapters in this one "
                 "compare neighbouring frames: pass whole videos to forward()."
             )
-        return self._backbone_maps(pixel_values[None, :, None], SupportCache())
+        return self._backbone_maps(pixel_values, (1, len(pixel_values), 1), SupportCache()).flatten(0, 2)
 
     def score_windows(self, maps: torch.Tensor, starts: torch.Tensor, support: DmgalSupport) -> torch.Tensor:
         """
@@ -371,9 +438,8 @@ class DmgalModel(DmgalPreTrainedModel):
             attentions["support_self"] = attention
         self._check_query(query_pixel_values, labels, support)
 
-        cache = SupportCache.from_tensors({k: v for k, v in support.states.items() if not k.startswith("cross.")})
         maps, attentions["query_self"], hidden_states = self._encode_videos(
-            self._video_maps(query_pixel_values, cache), may_fold=not (self.training or output_hidden_states)
+            self._video_maps(query_pixel_values, support.cache()), may_fold=not (self.training or output_hidden_states)
         )
         query_features, attentions["cross"] = self._describe(maps, support, output_attentions)
         logits = self._match(query_features, support.features, support.labels, support.way)
@@ -397,7 +463,15 @@ class DmgalModel(DmgalPreTrainedModel):
 
     def _encode_support(self, pixel_values, labels):
         self._check_support(pixel_values, labels)
-        cache = SupportCache()
+        features, states, attention = self._encode_alone(pixel_values, SupportCache())
+        way = int(labels.max()) + 1
+        return DmgalSupport(features, labels, way, states), attention
+
+    def _encode_alone(self, pixel_values: torch.Tensor, cache: SupportCache):
+        """
+        Videos (B, S, T, 3, H, W) as supports, which read no other: their descriptors, the states that queries read,
+        and the attention of S-MGA. The empty `cache` is filled.
+        """
         maps, attention, _ = self._encode_videos(self._video_maps(pixel_values, cache))
         states = cache.tensors()
         if self.cross_attention is not None:
@@ -405,8 +479,7 @@ class DmgalModel(DmgalPreTrainedModel):
             states |= {"cross.motion": keys.motion, "cross.values": keys.values}
         else:
             features = maps.mean((-1, -2))
-        way = int(labels.max()) + 1
-        return DmgalSupport(features, labels, way, states), attention
+        return features, states, attention
 
     def _video_maps(self, pixel_values: torch.Tensor, cache: SupportCache) -> torch.Tensor:
         """
@@ -415,7 +488,7 @@ class DmgalModel(DmgalPreTrainedModel):
         A video's do not depend on its episode, but where Cmga-Adapters sit in the backbone: with an empty cache the
         videos are supports and fill it, else they are queries and read it.
         """
-        return self._backbone_maps(pixel_values, cache).unflatten(0, pixel_values.shape[:3])
+        return self._backbone_maps(pixel_values.flatten(0, 2), pixel_values.shape[:3], cache)
 
     def _encode_videos(self, maps: torch.Tensor, may_fold: bool = False):
         """
@@ -446,16 +519,21 @@ class DmgalModel(DmgalPreTrainedModel):
         """Frame descriptors of queries, (B, Q, T, D), and the attention of C-MGA, `None` without."""
         if self.cross_attention is None:
             return maps.mean((-1, -2)), None
-        keys = CrossMotionKeys(support.states["cross.motion"], support.states["cross.values"])
-        return self.cross_attention.describe(maps, keys, output_attentions)
+        return self.cross_attention.describe(maps, _cross_keys(support), output_attentions)
 
-    def _backbone_maps(self, pixel_values: torch.Tensor, cache: SupportCache) -> torch.Tensor:
-        """(B, V, T, 3, H, W) -> feature maps (B·V·T, C, h, w); a class token as descriptor is a map of one patch."""
+    def _patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        patch = _pair(getattr(self.config.backbone_config, "patch_size", 1))
+        return size[0] // patch[0], size[1] // patch[1]
+
+    def _backbone_maps(self, frames: torch.Tensor, batch: tuple[int, int, int], cache: SupportCache) -> torch.Tensor:
+        """
+        Frames (B·V·T, 3, H, W) of `batch` (B, V, T) -> feature maps (B, V, T, C, h, w); a class token as descriptor is
+        a map of one patch. A stand-in of one frame is enough where the cache has tokens to resume with.
+        """
         config = self.config.backbone_config
-        episodes, videos, num_frames = pixel_values.shape[:3]
-        size = tuple(pixel_values.shape[-2:])
-        patch = _pair(getattr(config, "patch_size", 1))
-        grid = (size[0] // patch[0], size[1] // patch[1])
+        episodes, videos, num_frames = batch
+        size = tuple(frames.shape[-2:])
+        grid = self._patch_grid(size)
         kwargs = {}
         if any(isinstance(module, MgaLayer) for module in self.backbone.modules()):
             num_support = (0 if len(cache) else videos,) * episodes
@@ -463,21 +541,21 @@ class DmgalModel(DmgalPreTrainedModel):
         if getattr(config, "image_size", None) is not None and size != _pair(config.image_size):
             kwargs["interpolate_pos_encoding"] = True
         # Convolutions hand the layout of their input on, and are faster in this one.
-        frames = pixel_values.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+        frames = frames.contiguous(memory_format=torch.channels_last)
         hidden_states = self.backbone(pixel_values=frames, **kwargs).last_hidden_state
         if hidden_states.dim() == 4:
-            return hidden_states
+            return hidden_states.unflatten(0, batch)
         if config.model_type in _FINAL_NORM_OUTSIDE:
             hidden_states = self.backbone.post_layernorm(hidden_states)
         if self.config.frame_pooling == "cls":
-            return hidden_states[:, 0, :, None, None]
+            return hidden_states[:, 0, :, None, None].unflatten(0, batch)
         num_prefix_tokens = hidden_states.shape[1] - grid[0] * grid[1]
         if num_prefix_tokens < 0:
             raise ValueError(
                 f"the backbone {config.model_type!r} returns {hidden_states.shape[1]} tokens for {grid[0]} x "
                 f"{grid[1]} patches: choose one that keeps a token a patch (ViT, CLIP, DINOv2, SigLIP), or a ResNet."
             )
-        return hidden_states[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid)
+        return hidden_states[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid).unflatten(0, batch)
 
     def _check_videos(self, name: str, pixel_values: torch.Tensor):
         if pixel_values.dim() != 6 or pixel_values.shape[3] != 3:
@@ -543,6 +621,10 @@ def _read_others(support: DmgalSupport) -> torch.Tensor:
         attention = scores.flatten(-2).softmax(-1).mean(0).mean(2, keepdim=True)  # (B, T, 1, S·P)
         read.append((attention @ values).transpose(1, 2))
     return torch.cat(read, 1)
+
+
+def _cross_keys(support: DmgalSupport) -> CrossMotionKeys:
+    return CrossMotionKeys(support.states["cross.motion"], support.states["cross.values"])
 
 
 def _check_labels(name: str, labels: torch.Tensor | None, pixel_values: torch.Tensor):

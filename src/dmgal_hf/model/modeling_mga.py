@@ -146,6 +146,13 @@ class MgaLayer(nn.Module, BaseTunerLayer):
         facts = {name: kwargs.pop(name) for name in EPISODE_FACTS if name in kwargs}
         if self.facts_carrier is not None:
             facts = self.facts_carrier.facts() | facts
+        cache = facts.get("support_cache")
+        if cache is not None and cache.resume is not None:
+            if not isinstance(self, CmgaLayer):
+                return hidden_states  # a stand-in, see SupportCache
+            hidden_states, cache.resume = cache.resume, None
+        elif cache is not None and cache.keep_tokens and isinstance(self, CmgaLayer) and cache.tokens is None:
+            cache.tokens = hidden_states
         if not self.disable_adapters:
             hidden_states = self.adapt(hidden_states, **facts)
         return self.base_layer(hidden_states, *args, **kwargs)

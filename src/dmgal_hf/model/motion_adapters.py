@@ -117,11 +117,19 @@ class SupportCache:
     `keys_backward` (those of the adapter's directions) and `values`, for B episodes, T frames, at most S supports an
     episode and P patches (or squares of them, where the adapter pools). `num_support` has the number of supports of
     each episode.
+
+    Up to the first block with a Cmga-Adapter a video is encoded alike as support and as query. With `keep_tokens` the
+    tokens that enter this block are kept too, as `tokens` (N, prefix + P, D). Set as `resume` of a cache to be read,
+    they take the place of what comes there, a stand-in of any number of frames: the blocks from there on see them as
+    queries.
     """
 
-    def __init__(self):
+    def __init__(self, keep_tokens: bool = False):
         self.entries: dict[str, dict[str, torch.Tensor]] = {}
         self.num_support: tuple[int, ...] | None = None
+        self.keep_tokens = keep_tokens
+        self.tokens: torch.Tensor | None = None
+        self.resume: torch.Tensor | None = None
 
     def __getitem__(self, key: str) -> dict[str, torch.Tensor]:
         return self.entries[key]

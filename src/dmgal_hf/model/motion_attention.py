@@ -378,9 +378,7 @@ class CrossMotionAttention(nn.Module):
         self, query: torch.Tensor | MixedMaps, keys: CrossMotionKeys, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        The spatial mean of what [`attend`] returns, `(B, Q, T, C)`: matching reads no more of a query, and averaging
-        the attention before the product with the values makes that product P times smaller. Queries take turns, so
-        that the scores of all queries and supports are never held together; in training they are computed again.
+        The spatial mean of what [`attend`] returns, `(B, Q, T, C)`: matching reads no more of a query.
 
         Args:
             query (`torch.Tensor` of shape `(B, Q, T, C, H, W)` or [`MixedMaps`] of B·Q videos):
@@ -388,14 +386,38 @@ class CrossMotionAttention(nn.Module):
             keys ([`CrossMotionKeys`]): from [`encode_support`].
             output_attentions (`bool`): also return the attention, `(B, Q, T, P, S, P)`, which holds them all.
         """
+        return self.read(*self.encode_query(query, len(keys.values)), keys, output_attentions)
+
+    def encode_query(self, query: torch.Tensor | MixedMaps, episodes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What depends on a query alone, of queries as in [`describe`]: the spatial mean of Fq + g1 dw3(Fq),
+        `(B, Q, T, C)`, and its normalised motion, `(directions, B, T, Q, P, c)`. As supports they would have the same
+        two.
+        """
         if isinstance(query, MixedMaps):
-            episodes, num_frames = keys.values.shape[:2]
             motion = self._normalised(self.motion(query), (episodes, -1))
             means = query.window_means()  # (B·Q·T, C, 3, 3)
-            mean, values = (x[..., 1, 1].unflatten(0, (episodes, -1, num_frames)) for x in (means, self.value(means)))
+            mean, values = (
+                x[..., 1, 1].unflatten(0, (episodes, -1, query.shape[1])) for x in (means, self.value(means))
+            )
         else:
-            motion = self._motion(query)  # (directions, B, T, Q, P, c)
+            motion = self._motion(query)
             mean, values = query.mean((-1, -2)), self._values(query).mean((-1, -2))
+        return mean + self.gamma_self * values, motion
+
+    def read(
+        self, descriptors: torch.Tensor, motion: torch.Tensor, keys: CrossMotionKeys, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Descriptors of queries with what they read of the supports, `(B, Q, T, C)`, and the attention on request.
+        Averaging the attention before the product with the values makes that product P times smaller. Queries take
+        turns, so that the scores of all queries and supports are never held together; in training they are computed
+        again.
+
+        Args:
+            descriptors, motion: from [`encode_query`].
+            keys, output_attentions: as in [`describe`].
+        """
         if output_attentions:
             attention = self._attention(motion, keys.motion)
             cross = attention.unflatten(2, motion.shape[3:5]).mean(3) @ keys.values
@@ -407,7 +429,7 @@ class CrossMotionAttention(nn.Module):
             # A program that is exported for any number of queries has no fixed number of turns.
             turns = [motion] if torch.compiler.is_exporting() else motion.split(at_a_time, dim=3)
             cross = torch.cat([self._read(turn, keys, again=len(turns) > 1) for turn in turns], 2)
-        return mean + self.gamma_self * values + self.gamma_cross * cross.transpose(1, 2), attention
+        return descriptors + self.gamma_cross * cross.transpose(1, 2), attention
 
     def _read(self, motion: torch.Tensor, keys: CrossMotionKeys, again: bool) -> torch.Tensor:
         """What queries with this motion read, the mean over their patches: (B, T, Q, C)."""
