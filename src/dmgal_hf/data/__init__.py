@@ -6,6 +6,7 @@ Imports `model` alone.
 from .benchmarks import load_benchmark, load_video_folder
 from .episode_videos import EpisodeVideos, collate_episodes, seed_from
 from .episodes import EpisodeSource, check_episodes, episodes_id, load_episodes, sample_episodes
+from .feeding import augment_ahead, pack_episodes
 from .motion_shapes import load_motion_shapes
 from .splits import BENCHMARKS
 from .transforms import ClipAugmentation
@@ -15,6 +16,7 @@ __all__ = [
     "ClipAugmentation",
     "EpisodeSource",
     "EpisodeVideos",
+    "augment_ahead",
     "check_episodes",
     "collate_episodes",
     "episodes_id",
@@ -22,6 +24,7 @@ __all__ = [
     "load_episodes",
     "load_motion_shapes",
     "load_video_folder",
+    "pack_episodes",
     "sample_episodes",
     "seed_from",
 ]

@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 
 from ..model.video_decoding import VideoDecodeError, read_frames
-from ..model.video_processing_dmgal import DmgalVideoProcessor
+from ..model.video_processing_dmgal import DmgalVideoProcessor, resize_short_side
+from .batched_transforms import as_numbers
 from .transforms import ClipAugmentation
 
 
@@ -36,6 +37,8 @@ class EpisodeVideos(torch.utils.data.Dataset):
         seed (`int`): of all random draws.
         replace_broken (`bool`): a video that cannot be read is replaced by another clip of its class, drawn from the
             clip's own random stream, and named in the item's `broken`. Otherwise it is an error.
+        raw (`bool`): leaves the augmentation to the device that trains ([`pack_episodes`]): items hold the clips as
+            they were read, and what was drawn for them.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class EpisodeVideos(torch.utils.data.Dataset):
         augmentations: tuple[ClipAugmentation, ClipAugmentation] | None = None,
         seed: int = 0,
         replace_broken: bool = False,
+        raw: bool = False,
     ):
         self.classes = np.asarray(videos["label"])
         self.videos = videos.select_columns("video")
@@ -54,6 +58,7 @@ class EpisodeVideos(torch.utils.data.Dataset):
         self.augmentations = augmentations
         self.seed = seed
         self.replace_broken = replace_broken
+        self.raw = raw
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -64,6 +69,8 @@ class EpisodeVideos(torch.utils.data.Dataset):
             `dict` with `support_pixel_values` (S, T, 3, H, W) and `query_pixel_values` (Q, T, 3, H, W), uint8;
             `support_labels` (S,) and `labels` (Q,), int64 classes of the episode; `support_classes` and
             `query_classes`, int64 classes of the dataset; `episode`, the index; `broken`, paths of unreadable videos.
+            With `raw`, in place of the pixel values, `support_clips` and `query_clips`, lists of (T, 3, H, W) uint8 of
+            any sizes, and `support_numbers` (S, 35) and `query_numbers` (Q, 35) of [`as_numbers`].
 
         Raises:
             VideoDecodeError: a video cannot be read and is not replaced.
@@ -81,10 +88,14 @@ class EpisodeVideos(torch.utils.data.Dataset):
         }
         for part in ("support", "query"):
             clips = [self._clip(row, part, f"{index}/{part}/{k}", used, broken) for k, row in enumerate(episode[part])]
-            item[f"{part}_pixel_values"] = torch.stack(clips)
+            if self.raw:
+                frames, numbers = zip(*clips)
+                item |= {f"{part}_clips": list(frames), f"{part}_numbers": torch.stack(numbers)}
+            else:
+                item[f"{part}_pixel_values"] = torch.stack(clips)
         return item
 
-    def _clip(self, row: int, part: str, name: str, used: set[int], broken: list[str]) -> torch.Tensor:
+    def _clip(self, row: int, part: str, name: str, used: set[int], broken: list[str]) -> Any:
         generator = torch.Generator().manual_seed(seed_from(self.seed, name))
         sampling = generator if part == "support" and self.augmentations else None
         frames = None
@@ -98,7 +109,13 @@ class EpisodeVideos(torch.utils.data.Dataset):
                 row = self._other_clip(row, used, generator, error)
         if self.augmentations is None:
             return self.processor.resize_and_crop(frames)
-        return self.augmentations[part == "query"](frames, generator)
+        augmentation = self.augmentations[part == "query"]
+        if not self.raw:
+            return augmentation(frames, generator)
+        if min(frames.shape[-2:]) > 2 * augmentation.resize:  # to resize here costs less than to send all of it
+            frames = resize_short_side(frames, augmentation.resize, augmentation.resample)
+        height, width = frames.shape[-2:]
+        return frames, as_numbers(augmentation.draw(height, width, generator), height, width, augmentation)
 
     def _other_clip(self, row: int, used: set[int], generator: torch.Generator, error: VideoDecodeError) -> int:
         candidates = [

@@ -11,10 +11,11 @@ order of summation and no fused instruction can change a result: it is the same 
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
-from ..model.video_processing_dmgal import check_clip, check_crop, resize_short_side
+from ..model.video_processing_dmgal import check_clip, check_crop, resize_short_side, short_side_size
 
 # The mean of the authors' normalisation, 0.45: an erased region is zero in what the model sees.
 MEAN_GREY = 115
@@ -52,7 +53,7 @@ def horizontal_flip(clip: torch.Tensor) -> torch.Tensor:
 def to_grayscale(clip: torch.Tensor) -> torch.Tensor:
     """The luma of every pixel (ITU-R 601, as PIL's "L") in all three channels. Shape and dtype stay."""
     check_clip(clip)
-    return _frame_by_frame(clip, _luma)
+    return _frame_by_frame(clip, luma_of)
 
 
 def adjust_brightness(clip: torch.Tensor, factor: float) -> torch.Tensor:
@@ -84,7 +85,7 @@ def adjust_contrast(clip: torch.Tensor, factor: float) -> torch.Tensor:
     _check_factor(factor)
 
     def adjust(frame: torch.Tensor) -> torch.Tensor:
-        luma = _luma(frame)
+        luma = luma_of(frame)
         # A sum of whole numbers in float64 is exact in any order.
         mean = math.floor(luma.sum(dtype=torch.float64).item() / luma.numel() + 0.5)
         return frame.sub_(mean).mul_(factor).add_(mean)
@@ -102,7 +103,7 @@ def adjust_saturation(clip: torch.Tensor, factor: float) -> torch.Tensor:
     _check_factor(factor)
 
     def adjust(frame: torch.Tensor) -> torch.Tensor:
-        luma = _luma(frame)
+        luma = luma_of(frame)
         return frame.sub_(luma).mul_(factor).add_(luma)
 
     return _frame_by_frame(clip, adjust)
@@ -125,12 +126,22 @@ def adjust_hue(clip: torch.Tensor, shift: float) -> torch.Tensor:
     check_clip(clip)
     if not -0.5 <= shift <= 0.5:
         raise ValueError(f"the hue shift is {shift!r}; allowed is -0.5 to 0.5 (turns of the colour circle)")
-    return _frame_by_frame(clip, lambda frame: _turn_hue(frame, 6 * shift))
+    starts = hue_starts(shift)
+    return _frame_by_frame(clip, lambda frame: turn_hue(frame, starts))
 
 
-def _turn_hue(frame: torch.Tensor, shift: float) -> torch.Tensor:
-    """Turns the hue of a frame (3, H, W) of grey levels by `shift` sixths of a turn, from -3 to 3."""
-    red, green, blue = frame
+def hue_starts(shift: float) -> list[float]:
+    """
+    Where on the wave of [`turn_hue`] red, green and blue begin for a shift in turns of the colour circle. All follow
+    the hue along one trapezium wave of period 6; its start is chosen so that -6 <= hue + start < 6.
+    """
+    return [(6 * shift + offset + 5) % 6 - 5 for offset in (3, 1, -1)]
+
+
+def turn_hue(frames: torch.Tensor, starts: Sequence[float | torch.Tensor]) -> torch.Tensor:
+    """Turns the hue of float32 grey levels (..., 3, H, W); the three [`hue_starts`] are numbers, or of a shape that
+    spreads over (..., H, W)."""
+    red, green, blue = frames.unbind(-3)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
     divisor = chroma.clamp(min=1)  # grey pixels have no hue: any will do
@@ -141,11 +152,9 @@ def _turn_hue(frame: torch.Tensor, shift: float) -> torch.Tensor:
     hue = (red - green).div_(divisor).add_(4).mul_(1 - is_green)
     hue.add_((blue - red).div_(divisor).add_(2).mul_(is_green)).mul_(1 - is_red)
     hue.add_((green - blue).div_(divisor).mul_(is_red))  # -1..5, in sixths of a turn
-    result = torch.empty_like(frame)
-    for channel, offset in zip(result, (3, 1, -1), strict=True):
-        # All channels follow the hue along one trapezium wave of period 6: down to value - chroma within one sixth
-        # either side of its middle, at value from two sixths on. The start is chosen so that -6 <= hue + start < 6.
-        start = (shift + offset + 5) % 6 - 5
+    result = torch.empty_like(frames)
+    for channel, start in zip(result.unbind(-3), starts, strict=True):
+        # Down to value - chroma within one sixth either side of the wave's middle, at value from two sixths on.
         depth = (hue + start).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
         torch.sub(value, depth.mul_(chroma), out=channel)
     return result
@@ -178,20 +187,57 @@ def random_erasing(
         `torch.ByteTensor` of the shape of `clip`.
     """
     check_clip(clip)
-    chance, down, right, *draws = _draw(23, generator)
+    rectangle = _place_rectangle(_draw(23, generator), *clip.shape[-2:], probability, area, aspect)
+    return _fill(clip, rectangle, fill) if rectangle else clip
+
+
+def _place_rectangle(
+    draws: Sequence[float],
+    frame_height: int,
+    frame_width: int,
+    probability: float,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 10 / 3),
+) -> tuple[int, int, int, int] | None:
+    """What 23 draws make [`random_erasing`] fill: top, left, height and width in pixels."""
+    chance, down, right, *draws = draws
     if chance >= probability:
-        return clip
-    frame_height, frame_width = clip.shape[-2:]
+        return None
     for area_draw, aspect_draw in zip(draws[::2], draws[1::2], strict=True):
         pixels = _between(area, area_draw) * frame_height * frame_width
         ratio = math.exp(_between((math.log(aspect[0]), math.log(aspect[1])), aspect_draw))
         height, width = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
         if 0 < height <= frame_height and 0 < width <= frame_width:
-            top, left = int(down * (frame_height - height + 1)), int(right * (frame_width - width + 1))
-            clip = clip.clone()
-            clip[..., top : top + height, left : left + width] = fill
-            return clip
+            return int(down * (frame_height - height + 1)), int(right * (frame_width - width + 1)), height, width
+    return None
+
+
+def _fill(clip: torch.Tensor, rectangle: tuple[int, int, int, int], grey: int) -> torch.Tensor:
+    top, left, height, width = rectangle
+    clip = clip.clone()
+    clip[..., top : top + height, left : left + width] = grey
     return clip
+
+
+class Drawn(NamedTuple):
+    """
+    What was drawn for one clip, in the order it is applied.
+
+    Attributes:
+        top, left (`int`): of the crop, in pixels of the resized frames.
+        flip (`bool`): whether the clip is mirrored.
+        gray (`bool`): whether it loses its colours.
+        colors (`tuple` of `(int, float)`): number of an adjustment (0 brightness, 1 contrast, 2 saturation, 3 hue) and
+            its factor or shift; those that have a strength.
+        erased (`tuple` of four `int`, *optional*): top, left, height and width of the grey rectangle in the crop.
+    """
+
+    top: int
+    left: int
+    flip: bool
+    gray: bool
+    colors: tuple[tuple[int, float], ...]
+    erased: tuple[int, int, int, int] | None
 
 
 class ClipAugmentation:
@@ -289,27 +335,60 @@ class ClipAugmentation:
         Raises:
             `ValueError`: for anything but such a clip.
         """
-        clip = resize_short_side(clip, self.resize, self.resample)
-        clip = random_crop(clip, self.height, self.width, generator).contiguous()
-        flip, gray = _draw(2, generator)
-        if self.horizontal_flip and flip < 0.5:
-            clip = horizontal_flip(clip)
-        # Gray comes first, as in the authors' code.
-        if gray < self.grayscale:
-            clip = to_grayscale(clip)
-        clip = self._jitter_colors(clip, generator)
-        return random_erasing(clip, generator, self.random_erasing)
+        check_clip(clip)
+        return self.apply(clip, self.draw(*clip.shape[-2:], generator))
 
-    def _jitter_colors(self, clip: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        draws = _draw(8, generator)
-        amounts, order = draws[:4], sorted(range(4), key=draws[4:].__getitem__)
-        adjustments = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    def draw(self, height: int, width: int, generator: torch.Generator) -> Drawn:
+        """
+        Draws for a clip of `height` x `width` pixels what [`~ClipAugmentation.apply`] does with it.
+
+        Args:
+            height (`int`), width (`int`): of the frames before they are resized.
+            generator (`torch.Generator`): where all is drawn from (always 35 numbers).
+        """
+        height, width = short_side_size(height, width, self.resize)
+        down, right, flip, gray, *draws = _draw(35, generator)
+        amounts, order, erasing = draws[:4], sorted(range(4), key=draws[4:8].__getitem__), draws[8:]
+        colors = []
         for number in order:
             strength, center = self.color_jitter[number], (0.0 if number == 3 else 1.0)
             if strength > 0:
                 lowest = -strength if number == 3 else max(0.0, 1.0 - strength)
-                clip = adjustments[number](clip, _between((lowest, center + strength), amounts[number]))
-        return clip
+                colors.append((number, _between((lowest, center + strength), amounts[number])))
+        return Drawn(
+            int(down * (height - self.height + 1)),
+            int(right * (width - self.width + 1)),
+            self.horizontal_flip and flip < 0.5,
+            gray < self.grayscale,
+            tuple(colors),
+            _place_rectangle(erasing, self.height, self.width, self.random_erasing),
+        )
+
+    def apply(self, clip: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+        """
+        Does with one clip what was drawn for it. [`augment_clips`] does it with many at once, for a GPU.
+
+        Args:
+            clip (`torch.ByteTensor` of shape `(T, 3, H, W)`): frames of the size it was drawn for; left unchanged.
+            drawn ([`Drawn`]): the draws.
+
+        Returns:
+            `torch.ByteTensor` of shape `(T, 3, crop height, crop width)`, contiguous.
+        """
+        clip = resize_short_side(clip, self.resize, self.resample)
+        rows, columns = slice(drawn.top, drawn.top + self.height), slice(drawn.left, drawn.left + self.width)
+        clip = clip[..., rows, columns].contiguous()
+        if drawn.flip:
+            clip = horizontal_flip(clip)
+        # Gray comes first, as in the authors' code.
+        if drawn.gray:
+            clip = to_grayscale(clip)
+        for number, amount in drawn.colors:
+            clip = ADJUSTMENTS[number](clip, amount)
+        return _fill(clip, drawn.erased, MEAN_GREY) if drawn.erased else clip
+
+
+ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
 def _draw(number: int, generator: torch.Generator) -> list[float]:
@@ -341,8 +420,9 @@ def _frame_by_frame(clip: torch.Tensor, adjust: Callable[[torch.Tensor], torch.T
     return result
 
 
-def _luma(frame: torch.Tensor) -> torch.Tensor:
-    """PIL's fixed-point luma, (1, H, W) float32 whole numbers; all terms are whole and below 2**24, so exact."""
-    red, green, blue = frame[:, None]
+def luma_of(frames: torch.Tensor) -> torch.Tensor:
+    """PIL's fixed-point luma of float32 (..., 3, H, W): (..., 1, H, W) whole numbers; all terms are whole and below
+    2**24, so exact."""
+    red, green, blue = frames.split(1, -3)
     luma = (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768)
     return luma.div_(65536).floor_()

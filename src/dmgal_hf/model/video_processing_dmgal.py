@@ -53,10 +53,12 @@ def resize_short_side(clip: torch.Tensor, size: int, resample: int = 2) -> torch
     Args, dtypes and errors as in [`resize`]. Returns a `torch.ByteTensor` of shape `(T, 3, H', W')`.
     """
     check_clip(clip)
-    height, width = clip.shape[-2:]
-    if height <= width:
-        return resize(clip, size, size * width // height, resample)
-    return resize(clip, size * height // width, size, resample)
+    return resize(clip, *short_side_size(*clip.shape[-2:], size), resample)
+
+
+def short_side_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) of frames of `height` x `width` after [`resize_short_side`]."""
+    return (size, size * width // height) if height <= width else (size * height // width, size)
 
 
 def center_crop(clip: torch.Tensor, height: int, width: int) -> torch.Tensor:

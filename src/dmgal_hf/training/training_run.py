@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object, set_seed
 from datasets import Dataset, DatasetDict
 from torch import nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -25,7 +25,16 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModel, get_scheduler
 
-from ..data import ClipAugmentation, EpisodeSource, EpisodeVideos, collate_episodes, sample_episodes, seed_from
+from ..data import (
+    ClipAugmentation,
+    EpisodeSource,
+    EpisodeVideos,
+    augment_ahead,
+    collate_episodes,
+    pack_episodes,
+    sample_episodes,
+    seed_from,
+)
 from ..hub import render_model_card
 from ..model.configuration_dmgal import DmgalConfig
 from ..model.modeling_dmgal import DmgalModel, DmgalOutput
@@ -127,6 +136,8 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
         mixed_precision=arguments.mixed_precision,
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_dir=arguments.output_dir,
+        # Steps are whole at the end of the data, which the way to a GPU reaches a batch before the step does.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
         # Batch statistics are averaged once a step instead, see BatchStatistics.
@@ -235,8 +246,8 @@ class TrainingRun:
                 number, self.arguments.seed, labels.names,
             )  # fmt: skip
 
-    def _loader(self) -> DataLoader:
-        """Training episodes from where the run stands."""
+    def _loader(self) -> Iterable[dict[str, Any]]:
+        """Training episodes from where the run stands. A GPU augments them itself, else the workers do."""
         arguments, processor = self.arguments, self.processor
         crop, resize = processor.crop_size["height"], processor.size["shortest_edge"]
         support = ClipAugmentation.for_support(crop, resize, resample=processor.resample)
@@ -247,18 +258,21 @@ class TrainingRun:
             )
         elif arguments.horizontal_flip:
             query = ClipAugmentation(crop, resize, horizontal_flip=True, resample=processor.resample)
+        on_gpu = self.accelerator.device.type == "cuda"
         data = EpisodeVideos(
-            self.videos["train"], self.episodes, processor, (support, query), arguments.seed, replace_broken=True
-        )
+            self.videos["train"], self.episodes, processor, (support, query), arguments.seed, replace_broken=True,
+            raw=on_gpu,
+        )  # fmt: skip
         loader = DataLoader(
             data,
             batch_size=arguments.episodes_per_forward,
             sampler=range(self.progress.episodes, arguments.num_episodes),
             num_workers=self.num_workers,
-            collate_fn=collate_episodes,
-            pin_memory=self.accelerator.device.type == "cuda",
+            collate_fn=pack_episodes if on_gpu else collate_episodes,
+            pin_memory=on_gpu,
         )
-        return self.accelerator.prepare_data_loader(loader)
+        loader = self.accelerator.prepare_data_loader(loader, device_placement=not on_gpu)
+        return augment_ahead(loader, (support, query), self.accelerator.device) if on_gpu else loader
 
     def train(self, stop: StopSignal):
         """Runs the training episodes that are left, validating and saving along the way."""
