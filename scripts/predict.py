@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,9 @@ def fit(classifier: FewShotVideoClassificationPipeline, support: Path, unknown: 
         classifier.fit(list_class_clips(support), unknown=unknown)
 
 
-def predict(classifier: FewShotVideoClassificationPipeline, query: str) -> dict[str, Any]:
-    try:
-        return {"video": query, "predictions": classifier(query)}
-    except ValueError as error:
-        return {"video": query, "error": str(error)}
+def predict(classifier: FewShotVideoClassificationPipeline, queries: list[str]) -> Iterator[dict[str, Any]]:
+    for query, answer in zip(queries, classifier((query for query in queries), on_error="skip")):
+        yield {"video": query, **({"predictions": answer} if isinstance(answer, list) else answer)}
 
 
 def format_row(answer: dict[str, Any], width: int) -> str:
@@ -91,9 +90,9 @@ def main(arguments: PredictArguments) -> int:
     if arguments.save is not None:
         classifier.save(arguments.save)
     answers, width = [], max(map(len, queries))
-    for query in queries:
-        answers.append(predict(classifier, query))
-        print(format_row(answers[-1], width), flush=True)
+    for answer in predict(classifier, queries):
+        answers.append(answer)
+        print(format_row(answer, width), flush=True)
     if arguments.json is not None:
         content = {"model": arguments.model, "labels": classifier.labels, "answers": answers}
         Path(arguments.json).write_text(json.dumps(content, indent=2, ensure_ascii=False) + os.linesep, "utf-8")

@@ -465,6 +465,24 @@ def test_bad_queries(tmp_path, videos, classes):
         FewShotVideoClassificationPipeline(torch.nn.Linear(1, 1))
 
 
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"batch_size": 8, "num_workers": 1}])
+def test_a_list_with_broken_videos_is_answered(tmp_path, videos, classes, options):
+    classifier = make_classifier().fit(classes)
+    (tmp_path / "notes.txt").write_text("no video")
+    queries = [tmp_path / "notes.txt", videos[7], b"no video", videos[0], tmp_path / "gone.mp4"]
+    answers = classifier(queries, on_error="skip", **options)
+    for number, name in ((0, "notes.txt"), (2, "videos[2]"), (4, "gone.mp4")):
+        assert list(answers[number]) == ["error"] and name in answers[number]["error"]
+    for number in (1, 3):
+        assert [entry["label"] for entry in answers[number]] == [e["label"] for e in classifier(queries[number])]
+        scores = [entry["score"] for entry in classifier(queries[number])]
+        assert [entry["score"] for entry in answers[number]] == pytest.approx(scores, abs=1e-6)
+    assert list(classifier((query for query in queries), on_error="skip"))[2]["error"].startswith("video <bytes>: ")
+    assert list(classifier(tmp_path / "notes.txt", on_error="skip")) == ["error"]
+    with pytest.raises(ValueError, match='on_error must be "raise" or "skip", got None'):
+        classifier(queries, on_error=None)
+
+
 def plain_stream(classifier, video, fps, length, window, stride):
     """Every window by itself: its frames read from the file, as a video of its own."""
     num_frames, answers, number = classifier.image_processor.num_frames, [], 0
@@ -718,6 +736,10 @@ def test_predict_script(tmp_path, checkpoint, videos, classes, monkeypatch, caps
         run("--support", tmp_path / "support", "--query", videos[7])
     with pytest.raises(ValueError, match="--unknown far: give auto or a distance"):
         run("--support", tmp_path / "kept", "--query", videos[7], "--unknown", "far")
+    monkeypatch.chdir(tmp_path)
+    Path("-M8qt69nljE_000030.mp4").symlink_to(videos[7])
+    code, dashed = run("--support", tmp_path / "kept", "--query", "-M8qt69nljE_000030.mp4")
+    assert code == 0 and dashed[0].split()[1:] == again[0].split()[1:]
     handler = partial(SimpleHTTPRequestHandler, directory=str(Path(videos[7]).parent))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

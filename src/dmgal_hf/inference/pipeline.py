@@ -482,6 +482,9 @@ class FewShotVideoClassificationPipeline(Pipeline):
             top_k (`int`, *optional*): the number of classes in an answer; by default all.
             batch_size (`int`, *optional*): videos that go through the model together.
             num_workers (`int`, *optional*): processes that read videos.
+            on_error (`str`, *optional*):
+                "raise" (the default), or "skip": a video that cannot be read or prepared is answered, in its place, by
+                `{"error": message}`, and the others as ever.
 
         Returns:
             For a video `[{"label": str, "score": float}, ...]`, best first; for several a list of these.
@@ -504,24 +507,41 @@ class FewShotVideoClassificationPipeline(Pipeline):
         return answers[0] if list(videos) == ["videos"] else answers
 
     def _sanitize_parameters(self, **parameters):
-        for name in parameters.keys() - {"top_k"}:
-            raise ValueError(f"unknown argument {name!r}; there are top_k, batch_size and num_workers")
+        for name in parameters.keys() - {"top_k", "on_error"}:
+            raise ValueError(f"unknown argument {name!r}; there are top_k, on_error, batch_size and num_workers")
         if parameters.get("top_k") is not None:
             _check_whole_number("top_k", parameters["top_k"])
-        return {}, {}, parameters  # top_k=None in a call takes back that of the pipeline
+        if parameters.get("on_error", "raise") not in ("raise", "skip"):
+            raise ValueError(f'on_error must be "raise" or "skip", got {parameters["on_error"]!r}')
+        preparing = {"on_error": parameters.pop("on_error")} if "on_error" in parameters else {}
+        return preparing, {}, parameters  # top_k=None in a call takes back that of the pipeline
 
-    def preprocess(self, input_: Any) -> dict[str, torch.Tensor]:
+    def preprocess(self, input_: Any, on_error: str = "raise") -> dict[str, Any]:
         named = input_ if isinstance(input_, _Named) else _Named("video", input_)
-        return {"pixel_values": self.image_processor._pixel_values({named.name: named.video})}
+        try:
+            return {"pixel_values": self.image_processor._pixel_values({named.name: named.video}), "error": None}
+        except ValueError as error:
+            if on_error == "raise":
+                raise
+            return {"pixel_values": torch.empty(0), "error": str(error)}  # adds nothing to a batch, see torch.cat
 
-    def _forward(self, model_inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        pixel_values = self._to_model(model_inputs["pixel_values"])[None]  # (1, Q, T, 3, H, W)
-        fitted = self._current
-        logits = self.model(query_pixel_values=pixel_values, support=fitted.support).logits[0]
+    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        errors, fitted = model_inputs["error"], self._current
+        errors = errors if isinstance(errors, list) else [errors]  # of a batch, or of one video
+        read = [number for number, error in enumerate(errors) if error is None]
+        logits = torch.full((len(errors), len(fitted.labels)), torch.nan, device=self.device)
+        if read:
+            pixel_values = self._to_model(model_inputs["pixel_values"])[None]  # (1, Q, T, 3, H, W)
+            found = self.model(query_pixel_values=pixel_values, support=fitted.support).logits[0]
+            logits[read] = found.float()
         # Answers may be asked for after the classes have changed. In an array, which is split by video as the logits.
-        return {"logits": logits, "fitted": np.full((len(logits), 1), fitted, dtype=object)}
+        return {"logits": logits, "fitted": np.full((len(logits), 1), fitted, dtype=object), "error": errors}
 
-    def postprocess(self, model_outputs: dict[str, Any], top_k: int | None = None) -> list[dict[str, Any]]:
+    def postprocess(self, model_outputs: dict[str, Any], top_k: int | None = None) -> list | dict[str, str]:
+        error = model_outputs["error"]
+        error = error[0] if isinstance(error, list) else error
+        if error is not None:
+            return {"error": error}
         return self._answer(model_outputs["logits"][0], model_outputs["fitted"].item(), top_k)
 
     def _answer(self, logits: torch.Tensor, fitted: FittedSupport, top_k: int | None) -> list[dict[str, Any]]:

@@ -3,7 +3,9 @@
 import argparse
 import difflib
 import os
-from collections.abc import Callable, Iterable
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -234,6 +236,7 @@ def parse_arguments(
         ValueError: an unknown field, with the nearest known one; or a file that holds no mapping.
         FileNotFoundError: there is no such file.
     """
+    argv = _join_dashed(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(classes, allow_abbrev=False)
     parser.add_argument("--config", default=default_config, help="YAML file of fields; options override it.")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -263,6 +266,15 @@ def parse_arguments(
         name = rest[0].lstrip("-").split("=")[0]
         raise ValueError(f"unknown option {rest[0]!r}.{_nearest(name, [*known, 'config'])}")
     return tuple(instances)
+
+
+def _join_dashed(argv: Sequence[str]) -> list[str]:
+    """`--query -M8qt69nljE.mp4` as one word, which argparse does not take for an option; YouTube has such names."""
+    joined: list[str] = []
+    for word in argv:
+        dashed = re.match("-[^-]", word) and word != "-h" and joined and re.fullmatch(r"--\w+", joined[-1])
+        joined[-1:] = [f"{joined[-1]}={word}"] if dashed else [*joined[-1:], word]
+    return joined
 
 
 def _none_or(kind: Callable[[str], Any], text: str) -> Any:
