@@ -1,4 +1,6 @@
 import contextlib
+import hashlib
+import html
 import json
 import os
 import runpy
@@ -21,12 +23,14 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, Video
 from hub_server import TOKEN, LocalHub
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig, ViTConfig, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from dmgal_hf import DmgalConfig, DmgalModel, DmgalVideoProcessor, VideoDecodeError
 from dmgal_hf.inference.pipeline import FewShotVideoClassificationPipeline, StreamedLabel
 from dmgal_hf.inference.streaming import read_ahead
+from dmgal_hf.inference.support_sets import support_card
 from dmgal_hf.model.video_decoding import read_frames_at
 
 TASK = "few-shot-video-classification"
@@ -321,6 +325,67 @@ def test_kept_support_set(tmp_path, videos, classes, kind):
     (tmp_path / "kept" / "support.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"support\.json is missing"):
         again.load(tmp_path / "kept")
+
+
+def test_kept_support_set_with_odd_labels_replaces_one_that_is_there(tmp_path, videos, classes):
+    classifier = make_classifier().fit(classes)
+    classifier.save(tmp_path / "kept")
+    odd = ["half \udcff", "a | b <img src=x> `c`\n# d", "übung"]
+    classifier.fit(dict(zip(odd, classes.values()))).save(tmp_path / "kept")
+    again = make_classifier().load(tmp_path / "kept")
+    assert again.labels == odd and again(videos[7]) == classifier(videos[7])
+    assert sorted(os.listdir(tmp_path / "kept")) == ["support.json", "support.safetensors"]
+    (row,) = [line for line in support_card("org/x", None, {odd[1]: 2}).splitlines() if line.endswith("| 2 |")]
+    assert (
+        row.count("|") == 3
+        and not set(row) & set("<>`")
+        and html.unescape(row) == f"| {odd[1]} | 2 |".replace("\n", " ")
+    )
+
+
+@pytest.mark.parametrize("kind", ["ft", "adapter"])
+def test_kept_support_set_that_the_model_did_not_make(tmp_path, classes, kind):
+    classifier = make_classifier(kind).fit(classes)
+    classifier.save(tmp_path / "kept")
+    path = tmp_path / "kept" / "support.safetensors"
+    good, way = load_file(path), {"way": "3"}
+    about = json.loads((tmp_path / "kept" / "support.json").read_text())
+    state = next(name for name in good if name not in ("features", "labels", "num_support"))
+    nan = good["features"].clone()
+    nan[0, 0, 0, 0] = torch.nan
+
+    def load(**changed):
+        save_file(
+            {name: value for name, value in {**good, **changed}.items() if value is not None}, path, metadata=way
+        )
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        (tmp_path / "kept" / "support.json").write_text(json.dumps({**about, "tensors": digest}))
+        return classifier.load(tmp_path / "kept")
+
+    assert load().labels == list(classes)
+    for name, tensor in (
+        ("features", good["features"].double()),
+        ("features", good["features"][..., :-1].contiguous()),
+        ("features", good["features"][0]),
+        ("features", nan),
+        ("labels", good["labels"].int()),
+        ("labels", good["labels"] + 1),
+        ("labels", torch.zeros_like(good["labels"])),
+        (state, good[state][..., :-1, :].contiguous()),
+        (state, good[state].half()),
+        ("states", None),
+    ):
+        with pytest.raises(ValueError, match=rf"support\.safetensors is damaged \({name}: .*fit again"):
+            load(**{state if name == "states" else name: tensor})
+    for name, value in (
+        ("labels", "abc"),
+        ("labels", ["a", "a", "b"]),
+        ("temperature", "hot"),
+        ("clip_digests", [1] * 6),
+    ):
+        (tmp_path / "kept" / "support.json").write_text(json.dumps({**about, name: value}))
+        with pytest.raises(ValueError, match=rf"support\.json is damaged \('{name}'"):
+            classifier.load(tmp_path / "kept")
 
 
 def test_kept_support_set_brings_the_dtype_of_its_model(tmp_path, checkpoint, videos, classes):

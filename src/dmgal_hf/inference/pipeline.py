@@ -26,6 +26,7 @@ from .support_sets import (
     UNKNOWN,
     UNNAMED_MODEL,
     FittedSupport,
+    check_kept_support,
     check_same_size,
     check_temperature,
     check_unknown,
@@ -402,9 +403,11 @@ class FewShotVideoClassificationPipeline(Pipeline):
                 f"{str(self.model.dtype).removeprefix('torch.')}): weights, config or preprocessing differ, so the "
                 "kept features mean nothing here. Load that model, or fit again from the clips."
             )
+        support = read_support(about, path)
+        check_kept_support(support, self._blank_support(), path)
         fitted = FittedSupport(
             labels=tuple(about["labels"]),
-            support=read_support(about, path).to(self.device),
+            support=support.to(self.device),
             digests=tuple(about["clip_digests"]),
             pixel_values=None,
             unknown=check_unknown(about["unknown"], about["labels"]),
@@ -413,6 +416,16 @@ class FewShotVideoClassificationPipeline(Pipeline):
         self.temperature = about["temperature"]
         self._fitted = fitted
         return self
+
+    def _blank_support(self) -> DmgalSupport:
+        """What the model makes of one black clip, on the CPU: dtypes and shapes of what it keeps of any other."""
+        processor = self.image_processor
+        size = processor.crop_size if processor.do_center_crop else processor.size
+        height, width = (size.get(side, size.get("shortest_edge")) for side in ("height", "width"))
+        with torch.no_grad(), self.device_placement():
+            clip = torch.zeros(1, 1, processor.num_frames, 3, height, width)
+            labels = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+            return self.model.encode_support(self._to_model(clip), labels).to("cpu")
 
     def push_to_hub(
         self,

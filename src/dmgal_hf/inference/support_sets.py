@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -36,8 +38,9 @@ SUPPORT_FILE, ABOUT_FILE = "support.safetensors", "support.json"
 SUPPORT_FORMAT = 1
 UNNAMED_MODEL = "a model that was never saved or got adapters afterwards"
 
-_ABOUT_FIELDS = ("labels", "unknown", "unknown_is_auto", "temperature", "clip_digests", "model", "revision", "dtype",
-                 "fingerprint")  # fmt: skip
+_ABOUT_FIELDS = {"labels": list, "unknown": (int, float, type(None)), "unknown_is_auto": bool,
+                 "temperature": (int, float), "clip_digests": list, "model": (str, type(None)),
+                 "revision": (str, type(None)), "dtype": str, "fingerprint": str}  # fmt: skip
 
 # Fields of DmgalConfig that change no feature, or hold what each version of transformers writes differently.
 _NOT_IN_FINGERPRINT = {"attention_dropout", "backbone_config", "format_version", "position_dropout",
@@ -227,28 +230,67 @@ def fingerprint(model: PreTrainedModel, processor: DmgalVideoProcessor) -> str:
 
 
 def write_support(folder: str | os.PathLike, support: DmgalSupport, about: dict[str, Any]):
-    """Both files of a kept support set. The second names the first by its hash, so they cannot be mixed up."""
+    """
+    Both files of a kept support set, which replace those of before once they are whole. The second names the first by
+    its hash, so they cannot be mixed up.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    support.save(folder / SUPPORT_FILE)
-    about = about | {"tensors": _file_digest(folder / SUPPORT_FILE)}
-    (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".aside") as aside:
+        tensors, fields = Path(aside, SUPPORT_FILE), Path(aside, ABOUT_FILE)
+        support.save(tensors)
+        text = json.dumps(about | {"tensors": _file_digest(tensors)}, indent=2, ensure_ascii=False)
+        fields.write_text(text + "\n", "utf-8", errors="backslashreplace")  # half a character, as JSON writes it
+        os.replace(tensors, folder / SUPPORT_FILE)
+        os.replace(fields, folder / ABOUT_FILE)
 
 
 def read_support(about: dict[str, Any], path: Path) -> DmgalSupport:
     """The tensors that `about` describes. Raises `ValueError` if they are damaged, or those of another support set."""
     try:
         support = DmgalSupport.load(path)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): fit again from the clips, and save") from error
     # The hash is younger than the format.
     same = "tensors" not in about or about["tensors"] == _file_digest(path)
-    if not same or (support.way, support.features.shape[1]) != (len(about["labels"]), len(about["clip_digests"])):
+    if not same or (support.way, support.labels.numel()) != (len(about["labels"]), len(about["clip_digests"])):
         raise ValueError(
             f"{path} and the {ABOUT_FILE} beside it are not of one support set: copy both files of a folder that "
             "save() wrote, or fit again from the clips"
         )
     return support
+
+
+def check_kept_support(support: DmgalSupport, one: DmgalSupport, path: Path):
+    """
+    Raises `ValueError` unless `support`, read from `path`, is what the model makes of clips. `one` is what it makes of
+    a single clip: as `support`, but for the number of clips and of the patches of each.
+    """
+
+    def refuse(name: str, problem: str):
+        raise ValueError(f"{path} is damaged ({name}: {problem}): fit again from the clips, and save")
+
+    if support.states.keys() != one.states.keys():
+        refuse("states", f"{sorted(support.states)} in place of {sorted(one.states)}")
+    clips = max(1, support.labels.numel())
+    pairs = {"features": (support.features, one.features, 1), "labels": (support.labels, one.labels, 1)}
+    pairs |= {name: (state, one.states[name], -2) for name, state in support.states.items() if name != "num_support"}
+    for name, (found, like, axis) in pairs.items():
+        shapes = [list(tensor.shape) for tensor in (found, like)]
+        if found.dtype != like.dtype or found.ndim != like.ndim or 0 in found.shape or found.shape[axis] % clips:
+            refuse(
+                name, f"{found.dtype} of shape {shapes[0]}, where the model gives {like.dtype} of {shapes[1]} a clip"
+            )
+        for shape in shapes:
+            del shape[axis]
+        if shapes[0] != shapes[1]:
+            refuse(name, f"a shape of {list(found.shape)}, where the model gives {list(like.shape)} a clip")
+        if not found.isfinite().all():
+            refuse(name, "NaN or infinity")
+    if sorted(set(support.labels[0].tolist())) != list(range(support.way)):
+        refuse("labels", f"not the numbers 0 to {support.way - 1}")
+    if support.states.get("num_support", torch.tensor([clips])).tolist() != [clips]:
+        refuse("num_support", f"not {clips}")
 
 
 def find_support(
@@ -279,9 +321,15 @@ def find_support(
             f"{about} has format version {version!r}; this release of dmgal_hf reads {SUPPORT_FORMAT}. Update it with "
             "`pip install -U dmgal-hf`, or fit again."
         )
-    missing = [name for name in _ABOUT_FIELDS if name not in fields]
-    if missing:
-        raise ValueError(f"{about} is damaged (no {missing[0]!r}): fit again from the clips, and save")
+    for name, kind in _ABOUT_FIELDS.items():
+        problem = f"no {name!r}" if name not in fields else f"{name!r} is {fields[name]!r}"
+        if name not in fields or not isinstance(fields[name], kind):
+            raise ValueError(f"{about} is damaged ({problem}): fit again from the clips, and save")
+    labels, digests = fields["labels"], fields["clip_digests"]
+    if len(labels) < 2 or len(set(map(str, labels))) < len(labels) or not all(isinstance(one, str) for one in labels):
+        raise ValueError(f"{about} is damaged ('labels' are no two names or more): fit again from the clips, and save")
+    if not all(isinstance(digest, str | None) for digest in digests):
+        raise ValueError(f"{about} is damaged ('clip_digests' are no texts): fit again from the clips, and save")
     return fields, tensors
 
 
@@ -290,7 +338,7 @@ def support_card(repo_id: str, base_model: str | None, shots: Mapping[str, int])
     lines = ["---", "library_name: dmgal-hf", "pipeline_tag: video-classification", "tags:", "- few-shot-learning"]
     lines += [f"base_model: {base_model}"] if base_model else []
     lines += ["---", "", "# A few-shot video classifier", "", "| class | example clips |", "|---|---|"]
-    lines += [f"| {label} | {count} |" for label, count in shots.items()]
+    lines += [f"| {_escaped(label)} | {count} |" for label, count in shots.items()]
     lines += [
         "",
         "```python",
@@ -302,3 +350,9 @@ def support_card(repo_id: str, base_model: str | None, shots: Mapping[str, int])
         "",
     ]
     return "\n".join(lines)
+
+
+def _escaped(label: str) -> str:
+    """A label as the cell of a Markdown table that shows just its characters, on one line."""
+    text = " ".join(label.encode("utf-8", "replace").decode().split())
+    return re.sub(r"[^\w\s]", lambda mark: f"&#{ord(mark[0])};", text)
