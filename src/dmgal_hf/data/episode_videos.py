@@ -39,6 +39,22 @@ class EpisodeVideos(torch.utils.data.Dataset):
             clip's own random stream, and named in the item's `broken`. Otherwise it is an error.
         raw (`bool`): leaves the augmentation to the device that trains ([`pack_episodes`]): items hold the clips as
             they were read, and what was drawn for them.
+
+    Example:
+
+    ```python
+    >>> from datasets import ClassLabel, Dataset, Features, Video
+    >>> from dmgal_hf import DmgalVideoProcessor
+    >>> from dmgal_hf.data import EpisodeVideos, sample_episodes
+
+    >>> features = Features({"video": Video(decode=False), "label": ClassLabel(names=["push", "lift"])})
+    >>> rows = {"video": ["a.mp4", "b.mp4", "c.mp4", "d.mp4"], "label": [0, 0, 1, 1]}
+    >>> videos = Dataset.from_dict(rows, features=features)
+    >>> episodes = sample_episodes(videos["label"], way=2, shot=1, query=1, num_episodes=3)
+    >>> processor = DmgalVideoProcessor(num_frames=4, size=40, crop_size=32)
+    >>> EpisodeVideos(videos, episodes, processor)[0]["support_pixel_values"].shape
+    torch.Size([2, 4, 3, 32, 32])
+    ```
     """
 
     def __init__(

@@ -49,6 +49,17 @@ class EpisodeSource:
     Raises:
         ValueError: for labels that are empty, negative or no integers, for fewer classes than `way`, for classes with
             fewer than `shot + query` videos (all of them named), and for numbers out of range.
+
+    Example:
+
+    ```python
+    >>> from dmgal_hf.data import EpisodeSource
+
+    >>> labels = [0, 0, 0, 1, 1, 1, 2, 2, 2]  # the class of each row of a dataset of videos
+    >>> episode = EpisodeSource(labels, way=2, shot=1, query=1, seed=0)[41]
+    >>> episode["support_labels"], episode["query_labels"]
+    ([0, 1], [0, 1])
+    ```
     """
 
     def __init__(

@@ -266,8 +266,13 @@ class ClipAugmentation:
     Example:
 
     ```python
-    augment = ClipAugmentation.for_query(crop_size=224, resize=256, horizontal_flip=True)
-    clip = augment(clip, torch.Generator().manual_seed(0))  # (T, 3, H, W) -> (T, 3, 224, 224), uint8
+    >>> import torch
+    >>> from dmgal_hf.data import ClipAugmentation
+
+    >>> augment = ClipAugmentation.for_query(crop_size=32, resize=40, horizontal_flip=True)
+    >>> clip = torch.randint(256, (8, 3, 48, 64), dtype=torch.uint8)
+    >>> augment(clip, torch.Generator().manual_seed(0)).shape
+    torch.Size([8, 3, 32, 32])
     ```
     """
 

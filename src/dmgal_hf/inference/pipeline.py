@@ -79,12 +79,16 @@ class FewShotVideoClassificationPipeline(Pipeline):
     Example:
 
     ```python
-    from transformers import pipeline
-    import dmgal_hf
+    >>> from transformers import ResNetConfig, pipeline
+    >>> from dmgal_hf import DmgalConfig, DmgalModel, DmgalVideoProcessor
 
-    clf = pipeline("few-shot-video-classification", model="org/checkpoint")
-    clf.fit({"push left": ["a.mp4", "b.mp4"], "push right": ["c.mp4", "d.mp4"]})
-    print(clf("query.mp4"))  # [{"label": "push left", "score": 0.93}, {"label": "push right", "score": 0.07}]
+    >>> backbone = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+    >>> DmgalModel(DmgalConfig(backbone_config=backbone)).save_pretrained("checkpoint")
+    >>> _ = DmgalVideoProcessor(size=72, crop_size=64).save_pretrained("checkpoint")
+    >>> clf = pipeline("few-shot-video-classification", model="checkpoint")
+    >>> clf = clf.fit({"push left": ["a.mp4", "b.mp4"], "push right": ["c.mp4"]})
+    >>> sorted(answer["label"] for answer in clf("d.mp4"))  # best first: [{"label": "push left", "score": 0.93}, ...]
+    ['push left', 'push right']
     ```
     """
 

@@ -14,12 +14,20 @@ class DmgalQueryModel(nn.Module):
     `torch.export` take it whole:
 
     ```python
-    queries = classifier.fit(...).query_model()
-    pixel_values = classifier.image_processor(["query.mp4"]).pixel_values
-    fast = torch.compile(queries)
-    videos = torch.export.Dim("videos", min=1, max=64)  # any number of queries a call, or leave dynamic_shapes out
-    program = torch.export.export(queries, (pixel_values,), dynamic_shapes=({0: videos},))
-    torch.export.save(program, "queries.pt2")
+    >>> import torch
+    >>> from transformers import ResNetConfig
+    >>> from dmgal_hf import DmgalConfig, DmgalModel, DmgalQueryModel
+
+    >>> backbone = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+    >>> model = DmgalModel(DmgalConfig(backbone_config=backbone)).eval()
+    >>> support = model.encode_support(torch.randn(1, 2, 8, 3, 64, 64), torch.tensor([[0, 1]]))
+    >>> queries = DmgalQueryModel(model, support)  # what clf.query_model() gives
+    >>> pixel_values = torch.randn(3, 8, 3, 64, 64)
+    >>> queries(pixel_values).shape
+    torch.Size([3, 2])
+    >>> videos = torch.export.Dim("videos", min=1, max=64)  # any number of queries a call
+    >>> program = torch.export.export(queries, (pixel_values,), dynamic_shapes=({0: videos},))
+    >>> torch.export.save(program, "queries.pt2")
     ```
 
     The program goes to ONNX as it is: `torch.onnx.export(queries, (pixel_values,), "queries.onnx", dynamo=True)`, with

@@ -25,7 +25,19 @@ URL = r"(https?|rtsps?|rtmps?|rtp|udp|tcp|srt)://"
 
 
 class StreamedLabel(NamedTuple):
-    """The answer for one window: `start` and `end` in seconds from the first frame, the best label and its score."""
+    """
+    The answer for one window: `start` and `end` in seconds from the first frame, the best label and its score.
+
+    Example:
+
+    ```python
+    >>> from dmgal_hf import StreamedLabel
+
+    >>> start, end, label, score = StreamedLabel(0.5, 2.5, "lift", 0.93)  # what clf.stream(...) yields
+    >>> label
+    'lift'
+    ```
+    """
 
     start: float
     end: float

@@ -85,6 +85,17 @@ class MgaConfig(PeftConfig):
 
     Raises:
         ValueError: if a field has a value that is not allowed; the message names field, value and what is allowed.
+
+    Example:
+
+    ```python
+    >>> from dmgal_hf import MgaConfig
+
+    >>> config = MgaConfig(reduction=2, cmga_layers=[-2, -1])  # Cmga-Adapters in the last two blocks
+    >>> config.save_pretrained("adapter")
+    >>> MgaConfig.from_pretrained("adapter").cmga_layers
+    [-2, -1]
+    ```
     """
 
     target_modules: list[str] | str | None = field(

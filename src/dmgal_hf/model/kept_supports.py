@@ -22,6 +22,22 @@ class DmgalSupport:
         way (`int`): number of classes N.
         states (`dict[str, torch.Tensor]`): keys and values that the queries attend to. Each has the patches of all
             supports, S·P, as its last axis but one; `num_support` `(B,)` is their number.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import ResNetConfig
+    >>> from dmgal_hf import DmgalConfig, DmgalModel, DmgalSupport
+
+    >>> backbone = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+    >>> model = DmgalModel(DmgalConfig(backbone_config=backbone)).eval()
+    >>> support = model.encode_support(torch.randn(1, 2, 8, 3, 64, 64), torch.tensor([[0, 1]]))
+    >>> support.save("support.safetensors")
+    >>> kept = DmgalSupport.load("support.safetensors")
+    >>> model(query_pixel_values=torch.randn(1, 1, 8, 3, 64, 64), support=kept).logits.shape
+    torch.Size([1, 1, 2])
+    ```
     """
 
     features: torch.Tensor

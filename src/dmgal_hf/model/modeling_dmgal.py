@@ -52,6 +52,17 @@ class DmgalOutput(ModelOutput):
             S-MGA; `cross` `(B, Q, T, P, S, P)` of C-MGA; all averaged over the directions, P patches a frame.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
             Feature maps of the queries, `(B, Q, T, C, H, W)`: from the backbone, after S-MGA, after the mixer.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dmgal_hf import DmgalOutput
+
+    >>> output = DmgalOutput(logits=torch.tensor([[[-3.0, -1.0]]]))  # one query, two classes
+    >>> output.logits.argmax(-1).tolist()
+    [[1]]
+    ```
     """
 
     loss: torch.FloatTensor | None = None
@@ -63,6 +74,19 @@ class DmgalOutput(ModelOutput):
 
 
 class DmgalPreTrainedModel(PreTrainedModel):
+    """
+    What every model of DMGAL shares with transformers: config, weights and how they start.
+
+    Example:
+
+    ```python
+    >>> from dmgal_hf import DmgalModel, DmgalPreTrainedModel
+
+    >>> issubclass(DmgalModel, DmgalPreTrainedModel)
+    True
+    ```
+    """
+
     config_class = DmgalConfig
     base_model_prefix = "dmgal"
     main_input_name = "query_pixel_values"
@@ -106,6 +130,22 @@ class DmgalModel(DmgalPreTrainedModel):
         config ([`DmgalConfig`]): the configuration.
         backbone (`PreTrainedModel`, *optional*): a vision model to build on; by default one is made from
             `config.backbone_config`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import ResNetConfig
+    >>> from dmgal_hf import DmgalConfig, DmgalModel
+
+    >>> backbone = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+    >>> model = DmgalModel(DmgalConfig(backbone_config=backbone)).eval()
+    >>> supports = torch.randn(1, 4, 8, 3, 64, 64)  # one episode, four videos of eight frames
+    >>> queries = torch.randn(1, 3, 8, 3, 64, 64)
+    >>> output = model(supports, torch.tensor([[0, 0, 1, 1]]), query_pixel_values=queries)
+    >>> output.logits.shape  # three queries, two classes
+    torch.Size([1, 3, 2])
+    ```
     """
 
     def __init__(self, config: DmgalConfig, backbone: PreTrainedModel | None = None):

@@ -221,11 +221,43 @@ class MgaLayer(nn.Module, BaseTunerLayer):
 
 
 class SmgaLayer(MgaLayer):
-    """A transformer block with Smga-Adapters before it. See [`MgaLayer`] for `forward`'s arguments."""
+    """
+    A transformer block with Smga-Adapters before it. See [`MgaLayer`] for `forward`'s arguments.
+
+    Example:
+
+    ```python
+    >>> from peft import get_peft_model
+    >>> from transformers import ViTConfig, ViTModel
+    >>> from dmgal_hf import CmgaLayer, MgaConfig, SmgaLayer
+
+    >>> sizes = {'hidden_size': 32, 'num_hidden_layers': 3, 'num_attention_heads': 2}
+    >>> vit = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8))
+    >>> model = get_peft_model(vit, MgaConfig(reduction=2))
+    >>> [type(module).__name__ for module in model.modules() if isinstance(module, (SmgaLayer, CmgaLayer))]
+    ['SmgaLayer', 'SmgaLayer', 'CmgaLayer']
+    ```
+    """
 
 
 class CmgaLayer(MgaLayer):
-    """A transformer block with at least one Cmga-Adapter before it. See [`MgaLayer`] for `forward`'s arguments."""
+    """
+    A transformer block with at least one Cmga-Adapter before it. See [`MgaLayer`] for `forward`'s arguments.
+
+    Example:
+
+    ```python
+    >>> from peft import get_peft_model
+    >>> from transformers import ViTConfig, ViTModel
+    >>> from dmgal_hf import CmgaLayer, MgaConfig
+
+    >>> sizes = {'hidden_size': 32, 'num_hidden_layers': 3, 'num_attention_heads': 2}
+    >>> vit = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8))
+    >>> model = get_peft_model(vit, MgaConfig(reduction=2, cmga_layers=[0]))
+    >>> [name for name, module in model.named_modules() if isinstance(module, CmgaLayer)]
+    ['base_model.model.layers.0']
+    ```
+    """
 
 
 class BlockPlan(NamedTuple):
@@ -255,13 +287,15 @@ class MgaModel(BaseTuner):
     ```py
     >>> import torch
     >>> from peft import get_peft_model
-    >>> from transformers import CLIPVisionModel
+    >>> from transformers import ViTConfig, ViTModel
     >>> from dmgal_hf import MgaConfig
 
-    >>> backbone = CLIPVisionModel.from_pretrained("openai/clip-vit-base-patch16")
-    >>> model = get_peft_model(backbone, MgaConfig())
-    >>> frames = torch.randn(3 * 8, 3, 224, 224)  # two support videos and a query of eight frames
-    >>> features = model(frames, num_frames=8, num_support=[2]).last_hidden_state
+    >>> sizes = {'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 2}
+    >>> vit = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8))
+    >>> model = get_peft_model(vit, MgaConfig(reduction=2))
+    >>> frames = torch.randn(3 * 8, 3, 32, 32)  # two support videos and a query of eight frames
+    >>> model(frames, num_frames=8, num_support=[2]).last_hidden_state.shape
+    torch.Size([24, 17, 32])
     ```
     """
 

@@ -122,6 +122,23 @@ class SupportCache:
     tokens that enter this block are kept too, as `tokens` (N, prefix + P, D). Set as `resume` of a cache to be read,
     they take the place of what comes there, a stand-in of any number of frames: the blocks from there on see them as
     queries.
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from peft import get_peft_model
+    >>> from transformers import ViTConfig, ViTModel
+    >>> from dmgal_hf import MgaConfig
+    >>> from dmgal_hf.peft import SupportCache
+
+    >>> sizes = {'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 2}
+    >>> vit = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8))
+    >>> model, cache = get_peft_model(vit, MgaConfig(reduction=2)).eval(), SupportCache()
+    >>> _ = model(torch.randn(2 * 8, 3, 32, 32), num_frames=8, num_support=[2], support_cache=cache)
+    >>> cache.num_support
+    (2,)
+    >>> query = model(torch.randn(8, 3, 32, 32), num_frames=8, num_support=[0], support_cache=cache)
+    ```
     """
 
     def __init__(self, keep_tokens: bool = False):

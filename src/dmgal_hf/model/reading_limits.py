@@ -18,6 +18,18 @@ class VideoDecodeError(ValueError):
     """
     A video that cannot be read. `source` is its path or URL, or "<bytes>"; None, as is `problem`, where a worker of
     torch's data loader hands the error on, which gives it the message alone.
+
+    Example:
+
+    ```python
+    >>> from dmgal_hf import DmgalVideoProcessor, VideoDecodeError
+
+    >>> try:
+    ...     DmgalVideoProcessor()("nowhere.mp4")
+    ... except VideoDecodeError as error:
+    ...     print(error.source)
+    nowhere.mp4
+    ```
     """
 
     def __init__(self, source: str, problem: str | None = None, remedy: str = _GO_ON):

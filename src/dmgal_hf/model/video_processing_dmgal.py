@@ -164,11 +164,14 @@ class DmgalVideoProcessor(BaseImageProcessor):
     Example:
 
     ```python
-    processor = AutoProcessor.from_pretrained("org/checkpoint")
-    pixel_values = processor(["a.mp4", "b.mp4"]).pixel_values  # (2, T, 3, H, W)
-    episode = processor(support={"wave": ["a.mp4"], "clap": ["b.mp4"]}, query=["c.mp4"])
-    best = model(**episode).logits[0].argmax(-1)
-    print([episode.label_names[n] for n in best])
+    >>> from dmgal_hf import DmgalVideoProcessor
+
+    >>> processor = DmgalVideoProcessor(num_frames=8, size=72, crop_size=64)
+    >>> processor(["a.mp4", "b.mp4"]).pixel_values.shape
+    torch.Size([2, 8, 3, 64, 64])
+    >>> episode = processor(support={"wave": ["a.mp4"], "clap": ["b.mp4"]}, query=["c.mp4"])  # for model(**episode)
+    >>> episode.label_names
+    ['wave', 'clap']
     ```
     """
 
