@@ -3,6 +3,7 @@
 Every metric takes queries (B, Q, T, D) and supports (B, S, T, D) and compares all pairs of one episode at once.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -106,7 +107,8 @@ def class_logits(
     Args:
         query (`torch.Tensor` of shape `(B, Q, T, D)`): floating frame descriptors; compared in float32.
         support (`torch.Tensor` of shape `(B, S, T, D)`): the same of the supports.
-        support_labels (`torch.LongTensor` of shape `(B, S)`): classes 0..way-1; each has at least one support.
+        support_labels (`torch.LongTensor` of shape `(B, S)`): classes 0..way-1; one without supports
+            (which has a text instead) gets a logit of minus infinity.
         way (`int`): number of classes N.
         alignment (`str`): `"bi_mhm"`, `"otam"` or `"mean"`.
         epsilon (`float`): of [`cosine_distance`].
@@ -118,10 +120,13 @@ def class_logits(
     with torch.autocast(query.device.type, enabled=False):
         query, support = query.float(), support.float()
         weights = F.one_hot(support_labels, way).to(query.dtype)
-        weights = weights / weights.sum(1, keepdim=True)  # (B, S, N)
+        counts = weights.sum(1, keepdim=True)
+        weights = weights / counts.clamp(min=1)  # (B, S, N)
         if alignment == "mean":
             prototypes = weights.transpose(1, 2) @ support.mean(2)  # (B, N, D)
             distance = cosine_distance(query.mean(2, keepdim=True), prototypes.unsqueeze(2), epsilon)
-            return -2 * query.shape[2] * distance.flatten(2)
-        pair_distance = partial(otam, smoothing=smoothing) if alignment == "otam" else bi_mhm
-        return -(pair_distance(query, support, epsilon) @ weights)
+            logits = -2 * query.shape[2] * distance.flatten(2)
+        else:
+            pair_distance = partial(otam, smoothing=smoothing) if alignment == "otam" else bi_mhm
+            logits = -(pair_distance(query, support, epsilon) @ weights)
+        return logits.masked_fill(counts == 0, -math.inf)

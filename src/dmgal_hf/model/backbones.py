@@ -8,31 +8,36 @@ import torch
 from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, MetaClip2VisionModel, PreTrainedConfig, PreTrainedModel
 
 from .configuration_mga import MgaConfig, read_adapter_config
 from .modeling_mga import MgaModel
 
 # Backbones whose final norm sees the pooled output alone, not the feature maps.
 _NORM_AFTER_POOLING = {"convnext", "convnextv2"}
+# Models that transformers has and its AutoModel does not know.
+_UNLISTED = {"metaclip_2_vision_model": MetaClip2VisionModel}
 
 
-def _backbone_class(backbone_config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dict]:
-    """The model class and the arguments that leave out a pooling head: its weights would never get a gradient."""
-    if type(backbone_config) not in MODEL_MAPPING:
+def _backbone_class(backbone_config: PreTrainedConfig, with_head: bool = False) -> tuple[type[PreTrainedModel], dict]:
+    """
+    The model class and the arguments that leave out a pooling head: its weights would never get a gradient.
+    `with_head` keeps that of SigLIP, by which pictures are compared with texts.
+    """
+    if type(backbone_config) not in MODEL_MAPPING and backbone_config.model_type not in _UNLISTED:
         raise ValueError(f"transformers has no model for a backbone_config of type {backbone_config.model_type!r}.")
-    if MODEL_MAPPING[type(backbone_config)].main_input_name != "pixel_values":
+    model_class = _UNLISTED.get(backbone_config.model_type) or MODEL_MAPPING[type(backbone_config)]
+    if model_class.main_input_name != "pixel_values":
         raise ValueError(f"backbone_config is of type {backbone_config.model_type!r}, no model of pictures.")
     if hasattr(backbone_config, "vision_use_head"):
-        backbone_config.vision_use_head = False
-    model_class = MODEL_MAPPING[type(backbone_config)]
+        backbone_config.vision_use_head = with_head
     has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return model_class, {"add_pooling_layer": False} if has_pooler else {}
 
 
-def build_backbone(backbone_config: PreTrainedConfig) -> PreTrainedModel:
-    """A backbone with random weights."""
-    model_class, kwargs = _backbone_class(backbone_config)
+def build_backbone(backbone_config: PreTrainedConfig, with_head: bool = False) -> PreTrainedModel:
+    """A backbone with random weights; `with_head` as texts need it."""
+    model_class, kwargs = _backbone_class(backbone_config, with_head)
     return model_class._from_config(backbone_config, **kwargs)
 
 
@@ -43,6 +48,16 @@ def load_backbone(name_or_path: str | os.PathLike) -> PreTrainedModel:
     model_class, kwargs = _backbone_class(config)
     # Also where it was stored in half precision: what is built around it is not, and adapters train badly so.
     return model_class.from_pretrained(name_or_path, config=config, dtype=torch.float32, **kwargs)
+
+
+def load_towers(name_or_path: str | os.PathLike) -> PreTrainedModel:
+    """A pretrained model as it is stored, of both towers where it has them."""
+    return AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
+
+
+def vision_tower(model: PreTrainedModel) -> PreTrainedModel:
+    """That of the pictures of a model of several towers; any other model itself."""
+    return model.vision_model if hasattr(model.config, "vision_config") and hasattr(model, "vision_model") else model
 
 
 def freeze_unread(backbone: PreTrainedModel):

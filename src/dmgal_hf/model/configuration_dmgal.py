@@ -1,12 +1,14 @@
 """DMGAL model configuration."""
 
 import difflib
+import math
 
 from transformers import AutoConfig, PreTrainedConfig, ResNetConfig
 
 from .configuration_mga import read_adapter_config
 
 FORMAT_VERSION = 1
+TEXT_TEMPLATES = ("a video of {}.", "a video of a person doing {}.", "a photo of {}.")  # ours
 
 # What transformers itself writes into config.json or hands to a config besides the declared fields.
 _TRANSFORMERS_KEYS = {
@@ -74,6 +76,16 @@ class DmgalConfig(PreTrainedConfig):
             those MGA adapters (and `lora_alpha` equal to it, unless given); a model that is built notes the rank here.
         score_temperature (`float`, *optional*, defaults to 1.0):
             Scores of the pipeline are softmax(logits / score_temperature).
+        text_guidance (`bool`, *optional*, defaults to `False`):
+            Whether names of classes take part as text, for a backbone with a text tower beside it (CLIP, SigLIP,
+            SigLIP2, MetaCLIP 2). The model then has that pair's own head, and `forward` takes `text_embeds`.
+        text_weight (`float`, *optional*, defaults to 1.0):
+            Weight, 0 or more, of the log-probabilities by text beside those by clips.
+        text_templates (`list[str]`, *optional*):
+            Texts with one `{}` each for the label; a class's prototype is the mean of their embeddings.
+        text_model (`str`, *optional*):
+            Id or folder of the model of two towers whose text tower embeds the names. `None` with `text_guidance`:
+            it lies in the folder `text_tower` of the checkpoint.
         format_version (`int`, *optional*):
             Version of the checkpoint format. One that is newer than this release understands is refused.
 
@@ -111,6 +123,10 @@ class DmgalConfig(PreTrainedConfig):
     frame_pooling: str = "mean"
     adapter_config: dict | None = None
     score_temperature: float = 1.0
+    text_guidance: bool = False
+    text_weight: float = 1.0
+    text_templates: list[str] | tuple[str, ...] = TEXT_TEMPLATES
+    text_model: str | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
@@ -119,6 +135,7 @@ class DmgalConfig(PreTrainedConfig):
         self.backbone_config = self._build_backbone_config(self.backbone_config)
         self._check_values()
         self.motion_scales = list(self.motion_scales)
+        self.text_templates = list(self.text_templates)
         super().__post_init__(**kwargs)
 
     def _check_version(self):
@@ -163,7 +180,7 @@ class DmgalConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        for name in ("self_motion_attention", "mixer", "cross_motion_attention"):
+        for name in ("self_motion_attention", "mixer", "cross_motion_attention", "text_guidance"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         for name in ("num_frames", "motion_reduction"):
@@ -182,6 +199,8 @@ class DmgalConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(f"{name} must be more than 0, got {value!r}.")
+        check_text_weight(self.text_weight)
+        self._check_templates()
         scales = self.motion_scales
         if not isinstance(scales, (list, tuple)) or set(scales) - {"half", "full"} or len(set(scales)) < len(scales):
             raise ValueError(f"motion_scales must list 'half' and 'full' at most once each, got {scales!r}.")
@@ -197,6 +216,21 @@ class DmgalConfig(PreTrainedConfig):
             raise ValueError(
                 "frame_pooling must be 'mean' with paradigm='ft', got 'cls': S-MGA and C-MGA work on the patches."
             )
+
+    def _check_templates(self):
+        templates = self.text_templates
+        if not isinstance(templates, (list, tuple)) or not templates:
+            raise ValueError(f"text_templates must list at least one text, got {templates!r}.")
+        for template in templates:
+            if not isinstance(template, str) or template.count("{}") != 1 or template.count("{") != 1:
+                raise ValueError(f"text_templates: each must have one '{{}}' for the label, got {template!r}.")
+
+
+def check_text_weight(value: float) -> float:
+    """Raises `ValueError` unless it lies in [0, inf)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"text_weight must lie in [0, inf), got {value!r}.")
+    return float(value)
 
 
 __all__ = ["DmgalConfig"]

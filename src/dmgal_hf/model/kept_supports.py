@@ -21,7 +21,8 @@ class DmgalSupport:
         labels (`torch.LongTensor` of shape `(B, S)`): classes 0..way-1.
         way (`int`): number of classes N.
         states (`dict[str, torch.Tensor]`): keys and values that the queries attend to. Each has the patches of all
-            supports, S·P, as its last axis but one; `num_support` `(B,)` is their number.
+            supports, S·P, as its last axis but one; `num_support` `(B,)` is their number. With `text_guidance` also
+            `text.videos` `(B, S, E)`, the supports as texts are compared with them.
 
     Example:
 
@@ -59,7 +60,7 @@ class DmgalSupport:
 
     def cache(self) -> SupportCache:
         """What Cmga-Adapters read."""
-        states = {name: state for name, state in self.states.items() if not name.startswith("cross.")}
+        states = {name: state for name, state in self.states.items() if not name.startswith(("cross.", "text."))}
         return SupportCache.from_tensors(states)
 
     def to(self, *args, **kwargs) -> "DmgalSupport":

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,25 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .alignment import class_logits
-from .backbones import add_adapters, build_backbone, freeze_unread, has_adapters, load_backbone, train_adapters
+from .backbones import (
+    add_adapters,
+    build_backbone,
+    freeze_unread,
+    has_adapters,
+    load_backbone,
+    load_towers,
+    train_adapters,
+    vision_tower,
+)
+from .class_texts import (
+    TEXT_FOLDER,
+    TextHead,
+    check_has_text_tower,
+    class_texts,
+    combined_logits,
+    embed_classes,
+    load_text_tower,
+)
 from .configuration_dmgal import DmgalConfig
 from .kept_supports import DmgalSupport
 from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer
@@ -32,6 +51,11 @@ from .motion_attention import (
 # Vision towers whose last_hidden_state comes before their final norm; all others return it normalised.
 _FINAL_NORM_OUTSIDE = {"clip_vision_model", "metaclip_2_vision_model", "chinese_clip_vision_model"}
 
+_NO_TEXT_HEAD = (
+    "this model has no text head: build it with DmgalModel.from_backbone(..., text_guidance=True) on a model of two "
+    "towers (CLIP, SigLIP, SigLIP2, MetaCLIP 2)."
+)
+
 
 @dataclass
 class DmgalOutput(ModelOutput):
@@ -42,7 +66,8 @@ class DmgalOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
             Cross entropy of the logits, mean over all queries of all episodes.
         logits (`torch.FloatTensor` of shape `(B, Q, N)`):
-            Scores of the N classes of the episode: minus the mean distance to the supports of the class.
+            Scores of the N classes of the episode: minus the mean distance to the supports of the class. With
+            `text_embeds` those of [`combined_logits`].
         support_features (`torch.FloatTensor` of shape `(B, S, T, D)`):
             Frame descriptors of the supports, as matched.
         query_features (`torch.FloatTensor` of shape `(B, Q, T, D)`):
@@ -52,6 +77,12 @@ class DmgalOutput(ModelOutput):
             S-MGA; `cross` `(B, Q, T, P, S, P)` of C-MGA; all averaged over the directions, P patches a frame.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
             Feature maps of the queries, `(B, Q, T, C, H, W)`: from the backbone, after S-MGA, after the mixer.
+        text_logits (`torch.FloatTensor` of shape `(B, Q, N)`, *optional*, returned with `text_embeds`):
+            Scores by text alone: scale · cosine + bias, as the pair of towers has learnt them.
+        support_embeds (`torch.FloatTensor` of shape `(B, S, E)`, *optional*, returned with `text_guidance`):
+            Mean projected frame embedding of each support, to be compared with texts.
+        query_embeds (`torch.FloatTensor` of shape `(B, Q, E)`, *optional*, returned with `text_guidance`):
+            The same of the queries.
 
     Example:
 
@@ -71,6 +102,9 @@ class DmgalOutput(ModelOutput):
     query_features: torch.FloatTensor | None = None
     attentions: dict[str, torch.FloatTensor] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    text_logits: torch.FloatTensor | None = None
+    support_embeds: torch.FloatTensor | None = None
+    query_embeds: torch.FloatTensor | None = None
 
 
 class DmgalPreTrainedModel(PreTrainedModel):
@@ -107,7 +141,11 @@ class DmgalPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear):
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, TextHead):
+            init.constant_(module.logit_scale, math.log(1 / 0.07))
+            init.zeros_(module.logit_bias)
         elif isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -150,7 +188,8 @@ class DmgalModel(DmgalPreTrainedModel):
 
     def __init__(self, config: DmgalConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
+        built = backbone is None
+        self.backbone = build_backbone(config.backbone_config, config.text_guidance) if built else backbone
         if backbone is not None:
             for module in backbone.modules():
                 module._is_hf_initialized = True  # what is in it, also adapters, is not drawn anew by post_init()
@@ -168,6 +207,7 @@ class DmgalModel(DmgalPreTrainedModel):
         self.cross_attention = (
             CrossMotionAttention(config, channels) if full and config.cross_motion_attention else None
         )
+        self.text_head = TextHead(config.backbone_config) if config.text_guidance else None
         self.post_init()
         self._adapter_parameters = frozenset()
         if config.adapter_config is not None:
@@ -179,7 +219,9 @@ class DmgalModel(DmgalPreTrainedModel):
             self.backbone.requires_grad_(False)
 
     def _freeze(self):
-        """Paradigm "adapter": what peft made trainable remains so, and nothing else."""
+        """Paradigm "adapter": what peft made trainable remains so, and nothing else. The text head never is."""
+        if self.text_head is not None:
+            self.text_head.requires_grad_(False)
         if self.config.paradigm == "adapter":
             for name, parameter in self.backbone.named_parameters():
                 parameter.requires_grad_(name in self._adapter_parameters)
@@ -208,29 +250,50 @@ class DmgalModel(DmgalPreTrainedModel):
                 A model id, a folder, or a loaded transformers vision model. Of a model of several towers (CLIP,
                 SigLIP) the vision tower is taken.
             kwargs:
-                Fields of [`DmgalConfig`].
+                Fields of [`DmgalConfig`]. With `text_guidance=True` the head by which the two towers compare pictures
+                with texts comes along, and `text_model` names where the text tower is read when it is needed.
 
         Raises:
-            ValueError: the backbone has no known vision configuration.
+            ValueError: the backbone has no known vision configuration, or no text tower with `text_guidance`.
         """
+        if "paradigm" not in kwargs:
+            warnings.warn(
+                'paradigm="ft", the default, puts S-MGA, mixer and C-MGA with random weights on this backbone, to be '
+                'trained; paradigm="adapter" matches its frames as they are.',
+                stacklevel=2,
+            )
         if isinstance(backbone, PeftModel):
             backbone = backbone.get_base_model()  # the adapters stay in it
         if not isinstance(backbone, PreTrainedModel):
-            backbone = load_backbone(backbone)
-        elif hasattr(backbone, "vision_model") and hasattr(backbone.config, "vision_config"):
-            backbone = backbone.vision_model
+            backbone = load_towers(backbone) if kwargs.get("text_guidance") else load_backbone(backbone)
+        towers, backbone = backbone, vision_tower(backbone)
+        if kwargs.get("text_guidance"):
+            kwargs["text_model"] = kwargs.get("text_model") or _absolute(towers.name_or_path)
+            if towers is backbone:
+                check_has_text_tower(backbone.config)
+                raise ValueError(
+                    f"text_guidance needs both towers, and {towers.name_or_path or type(towers).__name__!r} is the "
+                    "vision tower alone: give the whole model."
+                )
+            if hasattr(towers, "visual_projection"):
+                backbone.config.projection_dim = towers.visual_projection.out_features
         attn_implementation = backbone.config._attn_implementation
         config = DmgalConfig(backbone_config=backbone.config, **kwargs)
         config._attn_implementation = attn_implementation  # a new config has none, and none for its parts
         model = cls(config, backbone=backbone)
+        if model.text_head is not None:
+            model.text_head.take_over(towers)
         for name, part in model.named_children():
             if name != "backbone":
                 part.to(backbone.dtype)
-        model.name_or_path = backbone.name_or_path  # what peft notes as the base model of an adapter
+        model.name_or_path = towers.name_or_path  # what peft notes as the base model of an adapter
         return model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """As in transformers. Raises `ValueError` for adapters that config.json would not describe."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, with_text_tower: bool = False, **kwargs):
+        """
+        As in transformers. With `text_guidance` the checkpoint holds the text tower itself on request, and if it came
+        from one that did; else its name alone. Raises `ValueError` for adapters that config.json would not describe.
+        """
         added_later = getattr(self.backbone, "_hf_peft_config_loaded", False)
         if added_later or (self.config.adapter_config is None and has_adapters(self.backbone)):
             raise ValueError(
@@ -238,7 +301,74 @@ class DmgalModel(DmgalPreTrainedModel):
                 "PeftModel they were put in by, or, those of its own load_adapter() or add_adapter(), with "
                 f"model.backbone.save_pretrained({os.fspath(save_directory)!r})."
             )
+        if with_text_tower or (self.text_head is not None and not self.config.text_model and self.name_or_path):
+            for part in self._load_text_tower():
+                part.save_pretrained(os.path.join(save_directory, TEXT_FOLDER))
+        name = self.config.text_model
+        self.config.text_model = None if with_text_tower else name
         super().save_pretrained(save_directory, *args, **kwargs)
+        self.config.text_model = name
+
+    def embed_class_names(self, labels: Sequence[str], descriptions: Mapping[str, str] | None = None) -> torch.Tensor:
+        """
+        The text prototypes of classes: for each the mean of the normalised embeddings of `config.text_templates` with
+        its label, in which underscores are spaces, or the embedding of its description. The text tower is loaded, runs
+        once, and is gone.
+
+        Args:
+            labels (`Sequence[str]`): names of the N classes.
+            descriptions (`Mapping[str, str]`, *optional*): for some of them a text in place of the templates.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, E)`, float32 on the model's device: one episode of `text_embeds`.
+
+        Raises:
+            ValueError: the model has no text head; labels are empty or read the same; a text is longer than the tower
+                reads. `OSError` where the text tower is not to be found.
+        """
+        if self.text_head is None:
+            check_has_text_tower(self.config.backbone_config)
+            raise ValueError(_NO_TEXT_HEAD)
+        texts = class_texts(labels, descriptions, self.config.text_templates)
+        tower, tokenizer = self._load_text_tower()
+        return embed_classes(tower.to(self.device), tokenizer, texts)
+
+    def _load_text_tower(self):
+        if self.text_head is None:
+            raise ValueError(_NO_TEXT_HEAD)
+        name, folder = (self.config.text_model, "") if self.config.text_model else (self.name_or_path, TEXT_FOLDER)
+        if not name:
+            raise ValueError(
+                "the model does not know its text tower: set model.config.text_model to the id or folder of the model "
+                "of two towers."
+            )
+        try:
+            return load_text_tower(name, folder)
+        except OSError as error:
+            raise OSError(
+                f"the text tower {os.path.join(name, folder)} cannot be read ({error}): set model.config.text_model "
+                "to where it lies now, or leave text out with text_weight=0."
+            ) from error
+        except ImportError as error:  # older SigLIP tokenizers
+            raise ImportError(
+                f"the tokenizer of {name} needs sentencepiece: pip install sentencepiece protobuf, or leave text out "
+                "with text_weight=0."
+            ) from error
+
+    def text_logits(self, video_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Scores of videos by text, as the pair of towers has learnt them: scale · cosine + bias.
+
+        Args:
+            video_embeds (`torch.FloatTensor` of shape `(..., V, E)`): `support_embeds` or `query_embeds` of an output.
+            text_embeds (`torch.FloatTensor` of shape `(..., N, E)`): of [`embed_class_names`].
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., V, N)`, float32.
+        """
+        if self.text_head is None:
+            raise ValueError(_NO_TEXT_HEAD)
+        return self.text_head(video_embeds, text_embeds)
 
     def train(self, mode: bool = True) -> "DmgalModel":
         """As in torch, but a frozen backbone (paradigm "adapter") stays in eval mode: only its adapters train."""
@@ -247,18 +377,21 @@ class DmgalModel(DmgalPreTrainedModel):
             train_adapters(self.backbone)
         return self
 
-    def encode_support(self, support_pixel_values: torch.Tensor, support_labels: torch.Tensor) -> DmgalSupport:
+    def encode_support(
+        self, support_pixel_values: torch.Tensor, support_labels: torch.Tensor, way: int | None = None
+    ) -> DmgalSupport:
         """
         Computes everything about the supports that queries need, once.
 
         Args:
             support_pixel_values (`torch.FloatTensor` of shape `(B, S, T, 3, H, W)`): supports of B episodes.
             support_labels (`torch.LongTensor` of shape `(B, S)`): their classes, 0..N-1, each at least once.
+            way (`int`, *optional*): N, where some classes have text alone and no clip.
 
         Returns:
             [`DmgalSupport`] to be handed to [`forward`] as `support`.
         """
-        return self._encode_support(support_pixel_values, support_labels)[0]
+        return self._encode_support(support_pixel_values, support_labels, way)[0]
 
     def encode_clips(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -281,7 +414,7 @@ class DmgalModel(DmgalPreTrainedModel):
         features, states, _ = self._encode_alone(pixel_values[:, None], cache)  # each an episode of its own
         clips = {"features": features[:, 0]}
         for name, state in states.items():
-            if name != "num_support":
+            if name not in ("num_support", "text.videos"):
                 clips[name if name == "cross.motion" else f"support.{name}"] = state.movedim(-4, 0)
         if len(cache):
             grid = self._patch_grid(pixel_values.shape[-2:])
@@ -317,7 +450,7 @@ class DmgalModel(DmgalPreTrainedModel):
             cache.resume = torch.cat([query["query.prefix"].flatten(0, 2), patches.flatten(0, 2).flatten(1, 2)], 1)
             grid, patch = patches.shape[3:5], _pair(self.config.backbone_config.patch_size)
             stand_in = torch.zeros(1, 3, *(n * side for n, side in zip(grid, patch)), device=patches.device)
-            maps = self._backbone_maps(stand_in.to(self.dtype), patches.shape[:3], cache)
+            maps, _ = self._backbone_maps(stand_in.to(self.dtype), patches.shape[:3], cache)
             features, _ = self._describe(self._encode_videos(maps, may_fold=not self.training)[0], kept)
         elif self.cross_attention is not None:
             motion = query["cross.motion"].permute(2, 0, 3, 1, 4, 5)  # (directions, B, T, Q, P, c)
@@ -336,15 +469,19 @@ class DmgalModel(DmgalPreTrainedModel):
         """Whether Cmga-Adapters sit in the backbone: a query is then encoded otherwise than a support."""
         return any(isinstance(module, CmgaLayer) for module in self.backbone.modules())
 
-    def encode_frames(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode_frames(
+        self, pixel_values: torch.Tensor, return_pooled: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """
         The backbone alone, for frames that several overlapping videos share.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(F, 3, H, W)`): frames, normalised by [`DmgalVideoProcessor`].
+            return_pooled (`bool`, *optional*, defaults to `False`): also what [`embed_videos`] takes of the frames.
 
         Returns:
-            `torch.FloatTensor` of shape `(F, C, h, w)`: feature maps, for [`score_windows`].
+            `torch.FloatTensor` of shape `(F, C, h, w)`: feature maps, for [`score_windows`]. With `return_pooled` also
+            a tensor `(F, C)`, `None` without `text_guidance`.
 
         Raises:
             ValueError: the backbone has adapters, which look at neighbouring frames.
@@ -354,7 +491,13 @@ class DmgalModel(DmgalPreTrainedModel):
                 "encode_frames() needs a backbone that sees one frame at a time, but the MGA adapters in this one "
                 "compare neighbouring frames: pass whole videos to forward()."
             )
-        return self._backbone_maps(pixel_values, (1, len(pixel_values), 1), SupportCache()).flatten(0, 2)
+        maps, pooled = self._backbone_maps(pixel_values, (1, len(pixel_values), 1), SupportCache())
+        maps = maps.flatten(0, 2)
+        return (maps, pooled) if return_pooled else maps
+
+    def embed_videos(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Pooled frames `(..., T, C)` -> mean projected frame embeddings `(..., E)`, for [`text_logits`]."""
+        return self.text_head.projection(pooled.mean(-2))
 
     def score_windows(self, maps: torch.Tensor, starts: torch.Tensor, support: DmgalSupport) -> torch.Tensor:
         """
@@ -435,6 +578,7 @@ class DmgalModel(DmgalPreTrainedModel):
         query_pixel_values: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         support: DmgalSupport | None = None,
+        text_embeds: torch.FloatTensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -453,6 +597,10 @@ class DmgalModel(DmgalPreTrainedModel):
                 Classes of the queries, for the loss.
             support ([`DmgalSupport`], *optional*):
                 Supports from [`encode_support`], in place of the first two arguments.
+            text_embeds (`torch.FloatTensor` of shape `(B, N, E)`, *optional*):
+                Text prototypes of the classes, from [`embed_class_names`]: the logits are then those of clips and of
+                texts together, see [`combined_logits`], with `score_temperature` and `text_weight` of the config. A
+                class may then have no support.
             output_attentions (`bool`, *optional*): also return the attention maps.
             output_hidden_states (`bool`, *optional*): also return the feature maps of the queries.
             return_dict (`bool`, *optional*): `False` returns a plain tuple.
@@ -474,15 +622,23 @@ class DmgalModel(DmgalPreTrainedModel):
             )
         attentions = {}
         if support is None:
-            support, attention = self._encode_support(support_pixel_values, support_labels)
+            way = None if text_embeds is None else text_embeds.shape[-2]
+            support, attention = self._encode_support(support_pixel_values, support_labels, way)
             attentions["support_self"] = attention
         self._check_query(query_pixel_values, labels, support)
+        self._check_text(text_embeds, support)
 
+        maps, query_embeds = self._video_maps(query_pixel_values, support.cache())
         maps, attentions["query_self"], hidden_states = self._encode_videos(
-            self._video_maps(query_pixel_values, support.cache()), may_fold=not (self.training or output_hidden_states)
+            maps, may_fold=not (self.training or output_hidden_states)
         )
         query_features, attentions["cross"] = self._describe(maps, support, output_attentions)
         logits = self._match(query_features, support.features, support.labels, support.way)
+        text_logits = None
+        if text_embeds is not None:
+            text_logits = self.text_logits(query_embeds, text_embeds)
+            config = self.config
+            logits = combined_logits(logits, text_logits.log_softmax(-1), config.score_temperature, config.text_weight)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         attentions = {name: attention for name, attention in attentions.items() if attention is not None}
         output = DmgalOutput(
@@ -492,6 +648,9 @@ class DmgalModel(DmgalPreTrainedModel):
             query_features=query_features,
             attentions=attentions if output_attentions else None,
             hidden_states=hidden_states if output_hidden_states else None,
+            text_logits=text_logits,
+            support_embeds=support.states.get("text.videos"),
+            query_embeds=query_embeds,
         )
         return output if return_dict else output.to_tuple()
 
@@ -501,10 +660,10 @@ class DmgalModel(DmgalPreTrainedModel):
             query, support, labels, way, config.alignment, config.cosine_epsilon, config.otam_smoothing
         )
 
-    def _encode_support(self, pixel_values, labels):
-        self._check_support(pixel_values, labels)
+    def _encode_support(self, pixel_values, labels, way: int | None):
+        self._check_support(pixel_values, labels, way)
         features, states, attention = self._encode_alone(pixel_values, SupportCache())
-        way = int(labels.max()) + 1
+        way = int(labels.max()) + 1 if way is None else way
         return DmgalSupport(features, labels, way, states), attention
 
     def _encode_alone(self, pixel_values: torch.Tensor, cache: SupportCache):
@@ -512,8 +671,11 @@ class DmgalModel(DmgalPreTrainedModel):
         Videos (B, S, T, 3, H, W) as supports, which read no other: their descriptors, the states that queries read,
         and the attention of S-MGA. The empty `cache` is filled.
         """
-        maps, attention, _ = self._encode_videos(self._video_maps(pixel_values, cache))
+        maps, embeds = self._video_maps(pixel_values, cache)
+        maps, attention, _ = self._encode_videos(maps)
         states = cache.tensors()
+        if embeds is not None:
+            states |= {"text.videos": embeds}
         if self.cross_attention is not None:
             features, keys = self.cross_attention.encode_support(maps)
             states |= {"cross.motion": keys.motion, "cross.values": keys.values}
@@ -521,14 +683,16 @@ class DmgalModel(DmgalPreTrainedModel):
             features = maps.mean((-1, -2))
         return features, states, attention
 
-    def _video_maps(self, pixel_values: torch.Tensor, cache: SupportCache) -> torch.Tensor:
+    def _video_maps(self, pixel_values: torch.Tensor, cache: SupportCache) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        (B, V, T, 3, H, W) -> the backbone's maps (B, V, T, C, h, w).
+        (B, V, T, 3, H, W) -> the backbone's maps (B, V, T, C, h, w), and embeddings (B, V, E) to be compared with
+        texts, `None` without `text_guidance`.
 
         A video's do not depend on its episode, but where Cmga-Adapters sit in the backbone: with an empty cache the
         videos are supports and fill it, else they are queries and read it.
         """
-        return self._backbone_maps(pixel_values.flatten(0, 2), pixel_values.shape[:3], cache)
+        maps, pooled = self._backbone_maps(pixel_values.flatten(0, 2), pixel_values.shape[:3], cache)
+        return maps, None if pooled is None else self.embed_videos(pooled.unflatten(0, pixel_values.shape[:3]))
 
     def _encode_videos(self, maps: torch.Tensor, may_fold: bool = False):
         """
@@ -565,10 +729,13 @@ class DmgalModel(DmgalPreTrainedModel):
         patch = _pair(getattr(self.config.backbone_config, "patch_size", 1))
         return size[0] // patch[0], size[1] // patch[1]
 
-    def _backbone_maps(self, frames: torch.Tensor, batch: tuple[int, int, int], cache: SupportCache) -> torch.Tensor:
+    def _backbone_maps(
+        self, frames: torch.Tensor, batch: tuple[int, int, int], cache: SupportCache
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Frames (B·V·T, 3, H, W) of `batch` (B, V, T) -> feature maps (B, V, T, C, h, w); a class token as descriptor is
-        a map of one patch. A stand-in of one frame is enough where the cache has tokens to resume with.
+        a map of one patch. A stand-in of one frame is enough where the cache has tokens to resume with. And the pooled
+        output (B·V·T, C), `None` without `text_guidance`.
         """
         config = self.config.backbone_config
         episodes, videos, num_frames = batch
@@ -582,20 +749,24 @@ class DmgalModel(DmgalPreTrainedModel):
             kwargs["interpolate_pos_encoding"] = True
         # Convolutions hand the layout of their input on, and are faster in this one.
         frames = frames.contiguous(memory_format=torch.channels_last)
-        hidden_states = self.backbone(pixel_values=frames, **kwargs).last_hidden_state
+        if config.model_type == "siglip2_vision_model":
+            frames, kwargs = _cut_into_patches(frames, _pair(config.patch_size), grid)
+        output = self.backbone(pixel_values=frames, **kwargs)
+        hidden_states, pooled = output.last_hidden_state, None if self.text_head is None else output.pooler_output
         if hidden_states.dim() == 4:
-            return hidden_states.unflatten(0, batch)
+            return hidden_states.unflatten(0, batch), pooled
         if config.model_type in _FINAL_NORM_OUTSIDE:
             hidden_states = self.backbone.post_layernorm(hidden_states)
         if self.config.frame_pooling == "cls":
-            return hidden_states[:, 0, :, None, None].unflatten(0, batch)
+            return hidden_states[:, 0, :, None, None].unflatten(0, batch), pooled
         num_prefix_tokens = hidden_states.shape[1] - grid[0] * grid[1]
         if num_prefix_tokens < 0:
             raise ValueError(
                 f"the backbone {config.model_type!r} returns {hidden_states.shape[1]} tokens for {grid[0]} x "
                 f"{grid[1]} patches: choose one that keeps a token a patch (ViT, CLIP, DINOv2, SigLIP), or a ResNet."
             )
-        return hidden_states[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid).unflatten(0, batch)
+        maps = hidden_states[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid)
+        return maps.unflatten(0, batch), pooled
 
     def _check_videos(self, name: str, pixel_values: torch.Tensor):
         if pixel_values.dim() != 6 or pixel_values.shape[3] != 3:
@@ -615,13 +786,17 @@ class DmgalModel(DmgalPreTrainedModel):
                 f"num_frames={self.config.num_frames}."
             )
 
-    def _check_support(self, pixel_values: torch.Tensor, labels: torch.Tensor | None):
+    def _check_support(self, pixel_values: torch.Tensor, labels: torch.Tensor | None, way: int | None):
         self._check_videos("support_pixel_values", pixel_values)
         _check_labels("support_labels", labels, pixel_values)
         if torch.compiler.is_compiling():
             return
         if int(labels.min()) < 0:
             raise ValueError(f"support_labels must be 0 or more, got {int(labels.min())}.")
+        if way is not None:
+            if int(labels.max()) >= way:
+                raise ValueError(f"support_labels must lie in 0..{way - 1}, got {int(labels.max())}.")
+            return
         present = F.one_hot(labels).any(1)  # (B, N)
         if not present.all():
             episode, missing = (~present).nonzero()[0].tolist()
@@ -649,6 +824,28 @@ class DmgalModel(DmgalPreTrainedModel):
                 f"labels must lie in 0..{support.way - 1}, the classes of the supports, got {lowest}..{highest}."
             )
 
+    def _check_text(self, text_embeds: torch.Tensor | None, support: DmgalSupport):
+        if text_embeds is None:
+            return
+        if self.text_head is None:
+            raise ValueError(f"text_embeds: {_NO_TEXT_HEAD}")
+        if text_embeds.dim() != 3 or text_embeds.shape[:2] != (len(support.features), support.way):
+            raise ValueError(
+                f"text_embeds must have the shape ({len(support.features)}, {support.way}, E), a prototype for each "
+                f"class of each episode, got {tuple(text_embeds.shape)}."
+            )
+
+
+def _cut_into_patches(
+    frames: torch.Tensor, patch: tuple[int, int], grid: tuple[int, int]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """What SigLIP2 of any resolution takes: frames (F, 3, H, W) -> their patches (F, P, 3·pixels), all of one grid."""
+    frames = frames[..., : grid[0] * patch[0], : grid[1] * patch[1]]  # as a convolution leaves out the rest
+    pixels = frames.unflatten(3, (grid[1], patch[1])).unflatten(2, (grid[0], patch[0]))
+    flat = pixels.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    shapes = torch.tensor([grid] * len(frames))  # on the CPU, where the backbone reads it
+    return flat, {"pixel_attention_mask": None, "spatial_shapes": shapes}
+
 
 def _read_others(support: DmgalSupport) -> torch.Tensor:
     """What the supports, as queries of C-MGA, read of each other: (B, S, T, C), the mean over their patches."""
@@ -675,6 +872,10 @@ def _check_labels(name: str, labels: torch.Tensor | None, pixel_values: torch.Te
         raise ValueError(f"{name} must have the shape {shape}, one a video, got {tuple(labels.shape)}.")
     if labels.dtype != torch.int64:
         raise ValueError(f"{name} must be int64, got {labels.dtype}.")
+
+
+def _absolute(name: str) -> str | None:
+    return os.path.abspath(name) if os.path.isdir(name) else name or None
 
 
 def _pair(size: int | list | tuple) -> tuple[int, int]:

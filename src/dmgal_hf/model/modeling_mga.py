@@ -35,6 +35,7 @@ EPISODE_FACTS = ("num_frames", "num_support", "patch_grid", "support_cache")
 # Tokens before the patch tokens, not counting register tokens, by `config.model_type`.
 CLASS_TOKENS = {
     "clip_vision_model": 1,
+    "metaclip_2_vision_model": 1,
     "vit": 1,
     "dinov2": 1,
     "dinov2_with_registers": 1,
