@@ -4,10 +4,11 @@ This folder is laid out as a Space of the Hub, where the variable DMGAL_MODEL na
 """
 
 import os
+import signal
 import sys
+import tempfile
 from dataclasses import dataclass, field
 
-from dmgal_hf.inference.demo import build_demo
 from dmgal_hf.training.arguments import parse_arguments
 
 
@@ -22,6 +23,9 @@ class DemoArguments:
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, mps, ..."})
     port: int | None = field(default=None, metadata={"help": "Port of the page; by default the first free from 7860."})
 
+    max_file_mb: int = field(default=100, metadata={"help": "Megabytes of an uploaded clip, at most."})
+    max_seconds: float = field(default=60.0, metadata={"help": "Seconds of an uploaded clip, at most."})
+
     def __post_init__(self):
         if not self.model:
             raise ValueError(
@@ -29,6 +33,16 @@ class DemoArguments:
             )
 
 
+def serve(arguments: DemoArguments):
+    """Serves the page until the process is told to end. All files of visitors go with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with tempfile.TemporaryDirectory(prefix="dmgal_demo_") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # Gradio asks for it when it is imported
+        from dmgal_hf.inference.demo import build_demo
+
+        page = build_demo(arguments.model, arguments.device, arguments.max_seconds)
+        page.launch(server_port=arguments.port, max_file_size=f"{arguments.max_file_mb}mb")
+
+
 if __name__ == "__main__":
-    (arguments,) = parse_arguments((DemoArguments,), sys.argv[1:])
-    build_demo(arguments.model, arguments.device).launch(server_port=arguments.port)
+    serve(*parse_arguments((DemoArguments,)))

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -87,12 +89,36 @@ def test_messages(classifier, clips, tmp_path, monkeypatch):
                     "told apart by it"]  # fmt: skip
 
 
+def test_uploads_that_are_not_taken(clips, tmp_path):
+    good = clips["circle"][0]
+    demo.check_upload(good, 60)
+    with pytest.raises(gr.Error, match=r"circle_ccw_0\.mp4 lasts \d+ s: take a clip of at most 0\.5 s"):
+        demo.check_upload(good, 0.5)
+    frames = tmp_path / "frames.mp4"
+    with zipfile.ZipFile(frames, "w") as archive:
+        archive.writestr("1.jpg", b"")
+    cache = tmp_path / "cache.arrow#0"
+    cache.write_bytes(Path(good).read_bytes())
+    for path in (frames, cache):
+        with pytest.raises(gr.Error, match=rf"^'?{path.name} is no video file"):
+            demo.check_upload(str(path), 60)
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    with pytest.raises(gr.Error, match=r"^'?broken\.mp4: .*Take another") as caught:
+        demo.check_upload(str(broken), 60)
+    assert str(tmp_path) not in str(caught.value)
+    with pytest.raises(gr.Error, match="'a' has 11 clips: give at most 10"):
+        demo.read_classes(["a", "b"], [[good] * 11, [good]])
+
+
 @pytest.fixture
-def page(checkpoint):
-    """Address of the page, served by a process of its own."""
-    port = free_port()
-    environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "DMGAL_MODEL": checkpoint}
-    server = subprocess.Popen([sys.executable, str(APP), "--port", str(port)], env=environment)
+def page(checkpoint, tmp_path):
+    """Address of the page, served by a process of its own, which leaves no file behind."""
+    port, temporary = free_port(), tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "DMGAL_MODEL": checkpoint,
+                   "TMPDIR": str(temporary)}  # fmt: skip
+    server = subprocess.Popen([sys.executable, str(APP), "--port", str(port), "--max_file_mb", "1"], env=environment)
 
     def answers():
         assert server.poll() is None, "the demo ended"
@@ -105,8 +131,21 @@ def page(checkpoint):
         wait_for(answers, "the demo", 120)
         yield f"http://127.0.0.1:{port}/"
     finally:
+        assert any(temporary.glob("dmgal_demo_*"))
         server.terminate()
         server.wait()
+    assert not [path.name for path in temporary.iterdir() if "dmgal" in path.name or "gradio" in path.name]
+
+
+def test_page_refuses_large_files_and_ends_without_leavings(page):
+    for size, status in ((1_000, 200), (2_000_000, 413)):
+        head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
+        request = urllib.request.Request(f"{page}gradio_api/upload", head + bytes(size) + b"\r\n--x--\r\n")
+        request.add_header("Content-Type", "multipart/form-data; boundary=x")
+        try:
+            assert urllib.request.urlopen(request).status == status
+        except urllib.error.HTTPError as error:
+            assert error.code == status
 
 
 @pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="needs Debian's packages chromium and chromium-driver")

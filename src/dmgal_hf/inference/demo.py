@@ -1,6 +1,7 @@
 """A web page to try a model on: clips a class, a query, its scores and the episode sheet. Needs the extra `demo`."""
 
 import os
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel, pipeline
 
 from ..data.clip_looks import FRAMES_PER_SECOND
 from ..data.motion_shapes import render_clip
-from ..model.video_decoding import VideoDecodeError
+from ..data.splits import VIDEO_SUFFIXES
+from ..model.video_decoding import VideoDecodeError, probe_video
+from ..model.zip_archive import LOCAL_HEADER
 from .pipeline import TASK, FewShotVideoClassificationPipeline
 
 try:
@@ -22,6 +25,9 @@ except ImportError as error:
     raise ImportError("dmgal_hf.inference.demo needs Gradio and matplotlib: pip install dmgal-hf[demo]") from error
 
 MAX_CLASSES = 6
+MAX_CLIPS = 10  # of a class
+MAX_WAITING = 20  # visitors in the queue
+A_DAY, AN_HOUR = 86_400, 3_600  # seconds
 SHOWN_CLASSES = 3
 EXAMPLES = {"circle": "circle_ccw", "up and back": "up_and_back", "roll left": "roll_left"}  # novel motion shapes
 ABOUT = """# Few-shot action recognition
@@ -29,21 +35,29 @@ Name two or more actions, give each a few short clips, and drop a new clip to be
 clip is compared with yours by how things move in it."""
 
 
-def build_demo(model: str | os.PathLike | PreTrainedModel, device: str = "cpu") -> gr.Blocks:
+def build_demo(
+    model: str | os.PathLike | PreTrainedModel, device: str = "cpu", max_seconds: float = 60.0
+) -> gr.Blocks:
     """
-    The page as a Gradio app; `launch()` serves it.
+    The page as a Gradio app; `launch(max_file_size="100mb")` serves it. Visitors wait in a queue, and one is answered
+    at a time. What they upload is removed after a day.
 
     Args:
         model (`str`, `os.PathLike` or `PreTrainedModel`): id or folder of a checkpoint with its processor.
         device (`str`): where the model runs.
+        max_seconds (`float`): longer clips are refused.
 
     Raises:
         ValueError: it is no DMGAL checkpoint, or has no processor. `OSError` where there is nothing to load.
     """
     classifier = pipeline(TASK, model=os.fspath(model) if isinstance(model, os.PathLike) else model, device=device)
-    examples = write_examples(Path(tempfile.mkdtemp(prefix="dmgal_examples_")))
+    folder = tempfile.TemporaryDirectory(prefix="dmgal_examples_")
+    examples = write_examples(Path(folder.name))
 
     def answer(query: str | None, with_unknown: bool, fitted: Any, *rows: Any):
+        for path in [query, *(path for of_class in rows[MAX_CLASSES:] for path in of_class or [])]:
+            if path is not None:
+                check_upload(path, max_seconds)
         return classify(classifier, query, with_unknown, fitted, rows[:MAX_CLASSES], rows[MAX_CLASSES:])
 
     def fill_in():
@@ -51,8 +65,9 @@ def build_demo(model: str | os.PathLike | PreTrainedModel, device: str = "cpu") 
         clips = [examples[name][:2] if name else None for name in names]
         return [*names, *clips, examples["circle"][2]]
 
-    with gr.Blocks(title="Few-shot action recognition") as demo:
-        fitted, shown = gr.State(None), gr.State(SHOWN_CLASSES)
+    with gr.Blocks(title="Few-shot action recognition", delete_cache=(AN_HOUR, A_DAY)) as demo:
+        demo.examples_folder = folder  # which is removed with the page
+        fitted, shown = gr.State(None, time_to_live=A_DAY), gr.State(SHOWN_CLASSES)
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column():
@@ -82,7 +97,26 @@ def build_demo(model: str | os.PathLike | PreTrainedModel, device: str = "cpu") 
         more.click(show_one_more, shown, [shown, *groups])
         example.click(fill_in, None, [*names, *clips, query])
         go.click(answer, [query, with_unknown, fitted, *names, *clips], [scores, sheet, fitted])
-    return demo
+    return demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+def check_upload(path: str, max_seconds: float):
+    """
+    Raises `gr.Error` for an uploaded file that is no video file (only such are opened here, whatever else
+    `read_frames` can read), is not readable, or is longer than `max_seconds`.
+    """
+    name = Path(path).name
+    with open(path, "rb") as file:
+        is_zip = file.read(len(LOCAL_HEADER)) == LOCAL_HEADER
+    if Path(path).suffix.lower() not in VIDEO_SUFFIXES or is_zip:
+        raise visitor_error(f"{name} is no video file: take an MP4, WebM, AVI, MOV or such.")
+    try:
+        info = probe_video(path)
+    except VideoDecodeError as error:
+        raise unreadable(error) from error
+    seconds = info.duration or info.num_frames / 25
+    if seconds > max_seconds:
+        raise visitor_error(f"{name} lasts {seconds:.0f} s: take a clip of at most {max_seconds:g} s.")
 
 
 def classify(
@@ -124,7 +158,7 @@ def classify(
         sheet = plot_episode(own.model, own.image_processor, episode, temperature=own.temperature,
                              kept_support=own.support)  # fmt: skip
     except VideoDecodeError as error:
-        raise visitor_error(f"{Path(error.source).name}: {error.problem}. Take another clip.") from error
+        raise unreadable(error) from error
     except ValueError as error:
         raise visitor_error(shorten(str(error), paths)) from error
     return scores, sheet, fitted
@@ -143,6 +177,8 @@ def read_classes(names: list[str], clips: list[list[str] | None]) -> dict[str, l
             raise visitor_error(f"Class {number}, {name!r}, has no clips: drop at least one.")
         if name in support:
             raise visitor_error(f"Two classes are called {name!r}: put their clips into one, or rename one.")
+        if len(of_class) > MAX_CLIPS:
+            raise visitor_error(f"{name!r} has {len(of_class)} clips: give at most {MAX_CLIPS} a class.")
         support[name] = list(of_class)
     if len(support) < 2:
         raise visitor_error("Two classes are needed at least: name them and give each a clip.")
@@ -169,6 +205,12 @@ def fit(
 def visitor_error(message: str) -> gr.Error:
     """A message on the page, and nothing in the log of the server, which has done nothing wrong."""
     return gr.Error(message, print_exception=False)
+
+
+def unreadable(error: VideoDecodeError) -> gr.Error:
+    """The message for a clip that cannot be read, which tells nothing of the server."""
+    problem = re.sub(r" at 0x[0-9a-f]+", "", shorten(error.problem, [error.source]))
+    return visitor_error(f"{Path(error.source).name}: {problem}. Take another clip.")
 
 
 def shorten(message: str, paths: list[str]) -> str:
