@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from datasets import concatenate_datasets
 from filelock import FileLock
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from transformers import AutoModel, AutoProcessor
@@ -178,6 +179,17 @@ def start_and_wait_for_checkpoint(command, output_dir, episodes):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()
         time.sleep(0.01)
     return process
+
+
+def test_kept_frames_change_nothing_and_are_gone_at_the_end(finished, config, tmp_path, monkeypatch):
+    """The finished run kept them: one without, and one with workers that share them, have the same updates."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    run(config("plain"), "--frame_memory", "0")
+    assert_same_end(tmp_path / "plain", finished[0])
+    assert not (tmp_path / "home").exists()
+    run(config("kept", num_workers=2))
+    assert_same_end(tmp_path / "kept", finished[0])
+    assert list((tmp_path / "home" / "dmgal_hf" / "frames").iterdir()) == []
 
 
 @pytest.mark.parametrize("episodes", [2, 4])

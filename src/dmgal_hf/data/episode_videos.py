@@ -11,6 +11,7 @@ from datasets import Dataset
 from ..model.video_decoding import VideoDecodeError, read_frames
 from ..model.video_processing_dmgal import DmgalVideoProcessor, resize_short_side
 from .batched_transforms import as_numbers
+from .frame_memory import FrameMemory
 from .transforms import ClipAugmentation
 
 
@@ -39,6 +40,10 @@ class EpisodeVideos(torch.utils.data.Dataset):
             clip's own random stream, and named in the item's `broken`. Otherwise it is an error.
         raw (`bool`): leaves the augmentation to the device that trains ([`pack_episodes`]): items hold the clips as
             they were read, and what was drawn for them.
+        memory ([`FrameMemory`], *optional*): where the frames of `videos` are kept; nothing else changes by it.
+
+    Raises:
+        `ValueError`: the frames are kept at another size than they are augmented at.
 
     Example:
 
@@ -66,7 +71,14 @@ class EpisodeVideos(torch.utils.data.Dataset):
         seed: int = 0,
         replace_broken: bool = False,
         raw: bool = False,
+        memory: FrameMemory | None = None,
     ):
+        for augmentation in augmentations or () if memory is not None else ():
+            if (augmentation.resize, augmentation.resample) != (memory.short_side, memory.resample):
+                raise ValueError(
+                    f"`augmentations` resize to {augmentation.resize} with resample {augmentation.resample}, `memory` "
+                    f"to {memory.short_side} with {memory.resample}: make it with a processor like them"
+                )
         self.classes = np.asarray(videos["label"])
         self.videos = videos.select_columns("video")
         self.episodes = episodes
@@ -75,6 +87,7 @@ class EpisodeVideos(torch.utils.data.Dataset):
         self.seed = seed
         self.replace_broken = replace_broken
         self.raw = raw
+        self.memory = memory
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -117,7 +130,7 @@ class EpisodeVideos(torch.utils.data.Dataset):
         frames = None
         while frames is None:
             try:
-                frames = read_frames(self.videos[row]["video"], self.processor.num_frames, sampling)
+                frames = self._read(row, sampling)
             except VideoDecodeError as error:
                 if not self.replace_broken:
                     raise
@@ -132,6 +145,12 @@ class EpisodeVideos(torch.utils.data.Dataset):
             frames = resize_short_side(frames, augmentation.resize, augmentation.resample)
         height, width = frames.shape[-2:]
         return frames, as_numbers(augmentation.draw(height, width, generator), height, width, augmentation)
+
+    def _read(self, row: int, sampling: torch.Generator | None) -> torch.Tensor:
+        video, num_frames = self.videos[row]["video"], self.processor.num_frames
+        if self.memory is None:
+            return read_frames(video, num_frames, sampling)
+        return self.memory.read(row, video, num_frames, sampling)
 
     def _other_clip(self, row: int, used: set[int], generator: torch.Generator, error: VideoDecodeError) -> int:
         candidates = [

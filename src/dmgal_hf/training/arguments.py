@@ -146,6 +146,12 @@ class TrainArguments:
     max_broken: float = field(
         default=0.01, metadata={"help": "Share of unreadable training videos above which the run stops."}
     )
+    frame_memory: float = field(
+        default=0.25,
+        metadata={
+            "help": "Part of the memory in which the decoded clips of a run are kept, if they fit; 0 keeps none."
+        },
+    )
     checkpoint_every: int = field(default=500, metadata={"help": "Training episodes between resumable states."})
     keep_checkpoints: int = field(default=2, metadata={"help": "Resumable states that are kept."})
     resume: bool = field(default=False, metadata={"help": "Go on from the newest resumable state in output_dir."})
@@ -159,6 +165,8 @@ class TrainArguments:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.test_episodes < 0:
             raise ValueError(f"test_episodes must be at least 0, got {self.test_episodes}.")
+        if not 0 <= self.frame_memory <= 1:
+            raise ValueError(f"frame_memory must be a part of the memory, 0 to 1, got {self.frame_memory}.")
         if self.lr_scheduler == "reduce_lr_on_plateau":
             raise ValueError("lr_scheduler reduce_lr_on_plateau needs a validation every step: choose another.")
         if self.num_episodes % self.episodes_per_step:

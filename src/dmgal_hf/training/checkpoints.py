@@ -20,7 +20,7 @@ PROGRESS_FILE = "progress.json"
 # What may differ between a run and its continuation: it changes neither the episodes nor the updates.
 FREE_FIELDS = {
     "output_dir", "resume", "num_workers", "cache_dir", "videos", "splits", "prepared", "checkpoint_every",
-    "keep_checkpoints", "cpu_threads", "report_to", "test_episodes", "max_bad_steps", "max_broken",
+    "keep_checkpoints", "cpu_threads", "frame_memory", "report_to", "test_episodes", "max_bad_steps", "max_broken",
 }  # fmt: skip
 
 

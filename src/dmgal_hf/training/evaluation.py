@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from ..data import EpisodeVideos, collate_episodes, episodes_id, load_episodes, sample_episodes
+from ..data.frame_memory import FrameMemory
 from ..model.configuration_dmgal import DmgalConfig
 from ..model.modeling_dmgal import DmgalModel
 from ..model.video_processing_dmgal import DmgalVideoProcessor
@@ -31,6 +32,7 @@ def evaluate_episodes(
     num_workers: int = 0,
     episodes_per_forward: int = 1,
     description: str = "Evaluating",
+    memory: FrameMemory | None = None,
 ) -> dict[str, Any]:
     """
     Scores every query of every episode once, the episodes shared out among the processes.
@@ -44,6 +46,7 @@ def evaluate_episodes(
         num_workers (`int`): processes that read videos, for each process that computes.
         episodes_per_forward (`int`): episodes a forward pass of a process; the result does not depend on it.
         description (`str`): of the progress bar.
+        memory ([`FrameMemory`], *optional*): of `videos`, for lists that are evaluated again and again.
 
     Returns:
         `dict`, the same on every process: see [`summarize`].
@@ -54,7 +57,7 @@ def evaluate_episodes(
     """
     if episodes_per_forward > 1:
         _check_equal_sizes(episodes)
-    data = EpisodeVideos(videos, episodes, processor)
+    data = EpisodeVideos(videos, episodes, processor, memory=memory)
     loader = DataLoader(data, batch_size=episodes_per_forward, num_workers=num_workers, collate_fn=collate_episodes)
     loader = accelerator.prepare_data_loader(loader)
     model.eval()

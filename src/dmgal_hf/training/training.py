@@ -1,14 +1,19 @@
 """Episodic training of DMGAL with Accelerate: what scripts/train.py runs."""
 
+import hashlib
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
+from huggingface_hub import constants
 from transformers import AutoModel, AutoProcessor
 
 from ..data import EpisodeSource
@@ -68,8 +73,8 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
                 f"the dataset has no split {split!r}, only {', '.join(videos)}: add it (test_episodes=0 does without "
                 "a test split)."
             )
-    with keep_others_out(output_dir, accelerator):
-        run = TrainingRun(accelerator, data, model, arguments, videos, fields)
+    with keep_others_out(output_dir, accelerator), folder_for_frames(output_dir, accelerator) as frames:
+        run = TrainingRun(accelerator, data, model, arguments, videos, fields, frames)
         if accelerator.is_main_process:
             replace_file(output_dir / "config.yaml", yaml.safe_dump(fields, sort_keys=False))
         accelerator.init_trackers("dmgal", {name: str(value) for name, value in fields.items()})
@@ -83,6 +88,21 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
     del run
     accelerator.free_memory()
     return metrics
+
+
+@contextmanager
+def folder_for_frames(output_dir: Path, accelerator: Accelerator) -> Iterator[Path]:
+    """Where the decoded frames of a run may lie: beside the other caches, gone at its end, or when it is resumed."""
+    digest = hashlib.sha256(str(output_dir.absolute()).encode()).hexdigest()[:16]
+    folder = Path(constants.HF_HOME, "dmgal_hf", "frames", digest)
+    if accelerator.is_local_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        yield folder
+    finally:
+        if accelerator.is_local_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_fields(data: DataArguments, model: ModelArguments, arguments: TrainArguments) -> dict[str, Any]:

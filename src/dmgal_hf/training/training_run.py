@@ -35,6 +35,7 @@ from ..data import (
     sample_episodes,
     seed_from,
 )
+from ..data.frame_memory import FrameMemory, keep_frames
 from ..hub import render_model_card
 from ..model.configuration_dmgal import DmgalConfig
 from ..model.modeling_dmgal import DmgalModel, DmgalOutput
@@ -179,7 +180,7 @@ def shard_by_blocks(accelerator: Accelerator, model: DmgalModel):
 
 
 class TrainingRun:
-    """Everything that a run holds; see [`train`]."""
+    """Everything that a run holds; see [`train`]. `frames` is a folder in which decoded frames may be kept."""
 
     def __init__(
         self,
@@ -189,6 +190,7 @@ class TrainingRun:
         arguments: TrainArguments,
         videos: DatasetDict,
         fields: dict[str, Any],
+        frames: Path | None = None,
     ):
         self.accelerator, self.arguments, self.videos = accelerator, arguments, videos
         self.output_dir = Path(arguments.output_dir)
@@ -210,6 +212,10 @@ class TrainingRun:
                     f"gradient_checkpointing: the backbone {kind!r} has none in transformers, leave it out."
                 )
             network.gradient_checkpointing_enable({"use_reentrant": False})
+        self.memories: dict[str, FrameMemory] = {}
+        if frames is not None:  # test clips are read once
+            of_splits = {split: videos[split] for split in ("train", "validation")}
+            self.memories = keep_frames(of_splits, self.processor, arguments.frame_memory, frames)
         self.network = network
         self.num_trainable = sum(one.numel() for one in network.parameters() if one.requires_grad)
         self.progress = Progress(arguments=fields | {"labelled_videos": _describe_labels(videos)})
@@ -261,7 +267,7 @@ class TrainingRun:
         on_gpu = self.accelerator.device.type == "cuda"
         data = EpisodeVideos(
             self.videos["train"], self.episodes, processor, (support, query), arguments.seed, replace_broken=True,
-            raw=on_gpu,
+            raw=on_gpu, memory=self.memories.get("train"),
         )  # fmt: skip
         loader = DataLoader(
             data,
@@ -433,7 +439,7 @@ class TrainingRun:
     def _evaluate(self, model: nn.Module, split: str, episodes: Dataset, description: str) -> dict[str, Any]:
         return evaluate_episodes(
             model, self.processor, self.videos[split], episodes, self.accelerator, self.num_workers,
-            self.arguments.episodes_per_forward, description,
+            self.arguments.episodes_per_forward, description, self.memories.get(split),
         )  # fmt: skip
 
     def _save_model(self, folder: Path):
