@@ -42,6 +42,7 @@ from huggingface_hub.utils import WeakFileLock
 from PIL import Image as PilImage
 from tqdm.auto import tqdm
 
+from ..model.extracted_frames import map_arrow_file
 from ..model.video_decoding import VideoDecodeError, probe_video, read_frames_at, segment_indices
 from ..model.video_processing_dmgal import RESAMPLE_MODES, resize_short_side
 from ..model.zip_archive import open_zip, split_zip_path
@@ -466,9 +467,8 @@ def read_records(output: Path) -> dict[Clip, Record]:
     columns = [name for name in RECORD_FEATURES if name != "frames"]
     for path in sorted((output / "shards").glob("*.arrow")):
         try:
-            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-                rows = reader.read_all().select(columns).to_pylist()
-        except pa.ArrowInvalid as error:
+            rows = map_arrow_file(str(path)).select(columns).to_pylist()
+        except (pa.ArrowException, OSError, KeyError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}): remove it and run scripts/prepare_data.py again."
             ) from error

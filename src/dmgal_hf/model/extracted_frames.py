@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .reading_limits import FrameIndexError, VideoDecodeError
+from .reading_limits import LIMITS, FrameIndexError, VideoDecodeError
 from .zip_archive import ZipArchive, natural_key
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+_OF_COLOUR = re.compile(r"(?<![a-z])(img|image|frame|rgb|colou?r)s?(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,12 @@ class VideoInfo:
 
 
 class FrameFiles:
-    """A clip kept as one image file a frame, in a folder. `names` are those of its frames, in order."""
+    """
+    A clip kept as one image file a frame, in a folder. `names` are those of its frames, in order. Pixels are taken as
+    they are stored: an orientation in EXIF is not followed, which programs that extract frames do not write.
+    """
+
+    formats = ("JPEG", "PNG")  # whatever a file is called, it is opened as one of these
 
     def __init__(self, source: str, media: Any, names: list[str]):
         if not names:
@@ -67,13 +74,19 @@ class FrameFiles:
     def _decode(self, index: int, file: str | io.BytesIO) -> np.ndarray:
         from PIL import Image, UnidentifiedImageError
 
+        source = f"{self.source}/{self.names[index]}"
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=self.formats) as image:
+                LIMITS.check(source, "pixels", image.width * image.height)
                 if image.mode.startswith(("I", "F")):
                     raise OSError(f"{image.mode} pixels, not 8 bits a channel")
                 return picture_to_rgb(image)
-        except (OSError, SyntaxError, UnidentifiedImageError) as error:
-            raise VideoDecodeError(f"{self.source}/{self.names[index]}", f"not a readable frame ({error})") from error
+        except VideoDecodeError:
+            raise
+        except UnidentifiedImageError as error:  # whose message has the address of an object
+            raise VideoDecodeError(source, f"no {' or '.join(self.formats)} picture") from error
+        except Exception as error:  # a damaged picture raises nearly every exception there is
+            raise VideoDecodeError(source, f"not a readable frame ({error})") from error
 
 
 class ZippedFrames(FrameFiles):
@@ -82,46 +95,58 @@ class ZippedFrames(FrameFiles):
     def __init__(self, source: str, media: str | bytes):
         self.open = functools.partial(zipfile.ZipFile, media if isinstance(media, str) else io.BytesIO(media))
         with self.open() as archive:
-            super().__init__(source, media, frame_names(archive.namelist()))
+            super().__init__(source, media, frame_names(source, archive.namelist()))
 
     def _files(self, indices: list[int]) -> Iterator[tuple[int, io.BytesIO]]:
         with self.open() as archive:
             for index in indices:
+                member = archive.getinfo(self.names[index])
+                LIMITS.check(f"{self.source}/{member.filename}", "unpacked_bytes", member.file_size)
                 try:
-                    yield index, io.BytesIO(archive.read(self.names[index]))
-                except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # checksum, password, method
+                    content = archive.read(member)  # at most so many bytes as it says
+                except Exception as error:  # checksum, password, method, and all that unpackers raise
                     raise VideoDecodeError(self.source, f"cannot be unpacked ({error})") from error
+                yield index, io.BytesIO(content)
 
 
 class ArchivedFrames(FrameFiles):
     """A clip kept as one image file a frame, in a folder of a zip archive of many clips."""
 
     def __init__(self, source: str, archive: ZipArchive, inner: str):
-        names = archive.folders[inner].names  # in natural order already
-        frames = [place for place, name in enumerate(names) if is_frame(name)]
-        super().__init__(source, archive, [names[place] for place in frames])
-        self.places = archive.folders[inner].places[frames]
+        folder = archive.folders[inner]
+        super().__init__(source, archive, frame_names(source, folder.names))
+        place = {name: number for number, name in enumerate(folder.names)}
+        self.places = folder.places[[place[name] for name in self.names]]
 
     def _files(self, indices: list[int]) -> Iterator[tuple[int, io.BytesIO]]:
-        try:
-            contents = self.media.read(self.places[indices])
-        except (OSError, zipfile.BadZipFile) as error:
-            raise VideoDecodeError(self.source, f"cannot be unpacked ({error})") from error
-        yield from zip(indices, map(io.BytesIO, contents))
+        contents = self.media.read(self.source, self.places[indices])
+        for index in indices:
+            try:
+                content = next(contents)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise VideoDecodeError(self.source, f"cannot be unpacked ({error})") from error
+            yield index, io.BytesIO(content)
 
 
 class CachedFrames(FrameFiles):
-    """A clip kept as one image file a frame, in a row of an Arrow file with the columns `path` and `frames`. Only the
-    pages of the wanted frames are read."""
+    """
+    A clip kept as one image file a frame, in a row of an Arrow file with the columns `path` and `frames`, in a folder
+    that `dmgal_hf.data.preparation` has written. Only the pages of the wanted frames are read.
+    """
+
+    formats = ("JPEG", "PPM")
 
     def __init__(self, source: str, file: str, row: int):
         remedy = "Run scripts/prepare_data.py again, it makes anew what is missing."
+        shards = os.path.dirname(file)
+        if os.path.basename(shards) != "shards" or not os.path.isfile(os.path.join(shards, "..", "settings.json")):
+            raise VideoDecodeError(source, "not in the shards of a prepared folder", "Give a video, or prepare it.")
         try:
-            table = _map_arrow_file(file)
+            table = _mapped_once(file)
             if row >= len(table):
                 raise OSError(f"it has {len(table)} rows")
             self.frames = table["frames"][row].values.field("bytes")
-        except (OSError, ValueError, KeyError) as error:  # Arrow's own errors are such, too
+        except Exception as error:
             raise VideoDecodeError(source, f"not a cached clip ({error})", remedy) from error
         super().__init__(f"{source} ({table['path'][row]})", file, [f"frame {i}" for i in range(len(self.frames))])
 
@@ -130,15 +155,28 @@ class CachedFrames(FrameFiles):
             yield index, io.BytesIO(self.frames[index].as_buffer())
 
 
-@functools.lru_cache(maxsize=1024)
-def _map_arrow_file(path: str) -> Any:
-    """A `pyarrow.Table` on the memory-mapped file."""
+def split_cache_path(path: str) -> tuple[str, int] | None:
+    """`FILE.arrow#ROW` as (`FILE.arrow`, row); `None` for any other path, and for a file that is called so."""
+    match = re.fullmatch(r"(.*\.arrow)#(\d+)", path, re.DOTALL)
+    return (match[1], int(match[2])) if match and not os.path.lexists(path) else None
+
+
+def map_arrow_file(path: str) -> Any:
+    """
+    A `pyarrow.Table` on the memory-mapped file, all of whose offsets are checked once: those of a damaged file would
+    end the process. Raises one of Arrow's own errors, an OSError, or a ValueError where pyarrow is not installed.
+    """
     try:
         import pyarrow
     except ImportError as error:
         raise ValueError("it needs pyarrow: pip install datasets") from error
     with pyarrow.memory_map(path) as file, pyarrow.ipc.open_stream(file) as reader:
-        return reader.read_all()
+        table = reader.read_all()
+    table.validate(full=True)
+    return table
+
+
+_mapped_once = functools.lru_cache(maxsize=1024)(map_arrow_file)
 
 
 def picture_to_rgb(picture: Any) -> np.ndarray:
@@ -156,9 +194,35 @@ def is_frame(name: str) -> bool:
     return name.lower().endswith(FRAME_SUFFIXES) and not name.rpartition("/")[2].startswith(".")
 
 
-def frame_names(names: list[str]) -> list[str]:
-    """Those of `names` that are pictures, in natural order."""
-    return sorted(filter(is_frame, names), key=natural_key)
+def frame_names(source: str, names: list[str]) -> list[str]:
+    """
+    Those of `names` that are the pictures of a clip, in natural order. Names that differ in more than numbers are
+    several series (`img_00001.jpg`, `flow_x_00001.jpg`): the one whose names tell that it is in colour is taken.
+
+    Raises VideoDecodeError where none or several do.
+    """
+    frames = sorted(filter(is_frame, names), key=natural_key)
+    stems = [name.lower().rpartition(".")[0] for name in frames]
+    if len(set(stems)) < len(stems):  # 1.jpg beside 1.png
+        stems = [name.lower() for name in frames]
+    kinds = [_series(stem) for stem in stems]
+    series = sorted(set(kinds))
+    if len(series) < 2:
+        return frames
+    of_colour = [kind for kind in series if _OF_COLOUR.search(kind.rpartition("/")[2])]
+    of_colour = of_colour or [kind for kind in series if _OF_COLOUR.search(kind)]
+    if len(of_colour) != 1:
+        shown = ", ".join(map(repr, series[:5])) + ", ..." * (len(series) > 5)
+        problem = f"holds {len(series)} series of pictures, {shown} (# is a number), and no name tells the clip"
+        raise VideoDecodeError(source, problem, "Keep each series in a folder of its own.")
+    return [name for name, kind in zip(frames, kinds) if kind == of_colour[0]]
+
+
+def _series(stem: str) -> str:
+    """What the names of one series have in common; those without any number are one."""
+    folder, slash, name = stem.rpartition("/")
+    kind = re.sub(r"\d+", "#", name)
+    return folder + slash + (kind if "#" in kind else "")
 
 
 def check_range(source: str, indices: list[int], clip_length: int) -> None:

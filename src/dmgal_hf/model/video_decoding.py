@@ -39,6 +39,7 @@ from .extracted_frames import (
     ZippedFrames,
     check_range,
     frame_names,
+    split_cache_path,
 )
 from .reading_limits import LIMITS, VideoDecodeError, one_error
 from .zip_archive import LOCAL_HEADER, open_zip, split_zip_path
@@ -134,16 +135,16 @@ def _in_segments(clip_length: int, offsets: list[int]) -> list[int]:
 
 def _open(video: Any) -> "_Stream | FrameFiles":
     source, media = _resolve(video)
-    if isinstance(media, str) and (cached := re.fullmatch(r"(.*\.arrow)#(\d+)", media, re.DOTALL)):
-        return CachedFrames(source, cached[1], int(cached[2]))
+    if isinstance(media, str) and (cached := split_cache_path(media)):
+        return CachedFrames(source, *cached)
     if isinstance(media, str) and os.path.isdir(media):
-        return FrameFiles(source, media, frame_names(os.listdir(media)))
+        return FrameFiles(source, media, frame_names(source, os.listdir(media)))
     try:
         if isinstance(media, str) and (place := split_zip_path(media)):
             archive, inner = open_zip(place[0]), place[1]
             if inner in archive.folders:
                 return ArchivedFrames(source, archive, inner)
-            (media,) = archive.read(archive.find(inner))
+            (media,) = archive.read(source, archive.find(inner))
         with open(media, "rb") if isinstance(media, str) else io.BytesIO(media) as file:
             if file.read(4) == LOCAL_HEADER:
                 return ZippedFrames(source, media)

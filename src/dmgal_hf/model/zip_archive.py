@@ -12,10 +12,13 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
+
+from .reading_limits import LIMITS
 
 LOCAL_HEADER = b"PK\x03\x04"
 _ENCRYPTED = 1  # bit of the flags
@@ -28,12 +31,13 @@ class ZipFolder:
 
     Attributes:
         joined_names (`str`): names of the files in natural order, joined by NUL, which no name can hold.
-        places (`np.ndarray` of shape `(files, 3)`, int64): offset of its local header, packed size and CRC-32 of each.
+        places (`np.ndarray` of shape `(files, 4)`, int64):
+            offset of its local header, packed size, CRC-32 and unpacked size of each.
         subfolders (`set[str]`): names.
     """
 
     joined_names: str = ""
-    places: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int64))
+    places: np.ndarray = field(default_factory=lambda: np.empty((0, 4), np.int64))
     subfolders: set[str] = field(default_factory=set)
 
     @property
@@ -46,13 +50,21 @@ class ZipArchive:
 
     Raises:
         OSError: the file cannot be read.
-        zipfile.BadZipFile: it is no zip archive.
+        zipfile.BadZipFile: it is no zip archive, or a damaged one.
     """
 
     def __init__(self, path: str):
         self.path = path
         self.folders = {"": ZipFolder()}
-        with zipfile.ZipFile(path) as archive:
+        try:
+            self._read_directory()
+        except (OSError, zipfile.BadZipFile):
+            raise
+        except Exception as error:  # of a damaged directory, zipfile raises many kinds
+            raise zipfile.BadZipFile(f"damaged: {type(error).__name__}, {error}") from error
+
+    def _read_directory(self) -> None:
+        with zipfile.ZipFile(self.path) as archive:
             inside: dict[str, dict[str, zipfile.ZipInfo]] = {}
             for info in archive.infolist():  # of two members of one name the later one counts
                 inner = posixpath.normpath(f"/{info.filename}").lstrip("/")
@@ -66,7 +78,8 @@ class ZipArchive:
         for folder, members in inside.items():
             self._add_folder(folder)
             names = sorted(members, key=natural_key)
-            places = [(members[name].header_offset, members[name].compress_size, members[name].CRC) for name in names]
+            found = [members[name] for name in names]
+            places = [(info.header_offset, info.compress_size, info.CRC, info.file_size) for info in found]
             self.folders[folder].joined_names = "\0".join(names)
             self.folders[folder].places = np.array(places, np.int64)
 
@@ -78,7 +91,7 @@ class ZipArchive:
             self.folders[parent].subfolders.add(name)
 
     def find(self, inner: str) -> np.ndarray:
-        """Places of the files right in a folder, (files, 3), or of one file, (1, 3); else a FileNotFoundError."""
+        """Places of the files right in a folder, (files, 4), or of one file, (1, 4); else a FileNotFoundError."""
         if inner in self.folders:
             return self.folders[inner].places
         folder, _, name = inner.rpartition("/")
@@ -87,20 +100,23 @@ class ZipArchive:
             raise FileNotFoundError(f"the archive {self.path} holds no {inner!r}")
         return self.folders[folder].places[[names.index(name)]]
 
-    def read(self, places: np.ndarray) -> list[bytes]:
+    def read(self, source: str, places: np.ndarray) -> Iterator[bytes]:
         """
-        The contents of members, in the order of `places`, some rows of those of a [`ZipFolder`].
+        The contents of members, one by one in the order of `places`, some rows of those of a [`ZipFolder`].
 
         Raises:
             OSError: the file cannot be read.
             zipfile.BadZipFile: a member is damaged, encrypted, or packed otherwise than by deflate.
+            VideoDecodeError: a member is larger than `LIMITS` allows; `source` names it.
         """
         with open(self.path, "rb") as file:
-            return [_read_member(file, *place) for place in places.tolist()]
+            for offset, packed_size, checksum, size in places.tolist():
+                LIMITS.check(source, "unpacked_bytes", max(packed_size, size))
+                yield _read_member(file, offset, packed_size, checksum, size)
 
 
-def _read_member(file: BinaryIO, offset: int, packed_size: int, checksum: int) -> bytes:
-    file.seek(offset)
+def _read_member(file: BinaryIO, offset: int, packed_size: int, checksum: int, size: int) -> bytes:
+    file.seek(max(offset, 0))
     header = file.read(30)
     if len(header) < 30 or header[:4] != LOCAL_HEADER:
         raise zipfile.BadZipFile("nothing lies where the directory of the archive says")
@@ -110,7 +126,8 @@ def _read_member(file: BinaryIO, offset: int, packed_size: int, checksum: int) -
     file.seek(sum(struct.unpack("<2H", header[26:])), os.SEEK_CUR)  # its name, and extra fields
     data = file.read(packed_size)
     try:
-        data = zlib.decompress(data, -zlib.MAX_WBITS) if method == _DEFLATED else data
+        if method == _DEFLATED:  # one byte more than it should have, which the checksum will tell
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
     except zlib.error as error:
         raise zipfile.BadZipFile(str(error)) from error
     if zlib.crc32(data) != checksum:
@@ -119,9 +136,13 @@ def _read_member(file: BinaryIO, offset: int, packed_size: int, checksum: int) -
 
 
 def split_zip_path(path: str) -> tuple[str, str] | None:
-    """`FILE.zip#/folder/inside` as (`FILE.zip`, `folder/inside`); `None` for any other path."""
+    """
+    `FILE.zip#/folder/inside` as (`FILE.zip`, `folder/inside`); `None` for any other path, and for a file that is
+    called so.
+    """
     match = re.fullmatch(r"(.+?\.zip)#/*(.*?)/*", path, re.DOTALL | re.IGNORECASE)
-    return (match[1], match[2]) if match and os.path.isfile(match[1]) else None
+    is_place = match is not None and os.path.isfile(match[1]) and not os.path.lexists(path)
+    return (match[1], match[2]) if is_place else None
 
 
 def open_zip(path: str) -> ZipArchive:
