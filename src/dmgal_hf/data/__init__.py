@@ -8,6 +8,7 @@ from .episode_videos import EpisodeVideos, collate_episodes, seed_from
 from .episodes import EpisodeSource, check_episodes, episodes_id, load_episodes, sample_episodes
 from .feeding import augment_ahead, pack_episodes
 from .motion_shapes import load_motion_shapes
+from .puppets import load_puppets
 from .splits import BENCHMARKS
 from .transforms import ClipAugmentation
 
@@ -23,6 +24,7 @@ __all__ = [
     "load_benchmark",
     "load_episodes",
     "load_motion_shapes",
+    "load_puppets",
     "load_video_folder",
     "pack_episodes",
     "sample_episodes",
