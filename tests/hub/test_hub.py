@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset
 from hub_runs import CHECKPOINT, ROOT, make_adapter_run, make_run
 from hub_server import TOKEN, LocalHub
 from huggingface_hub import DatasetCard, HfApi, ModelCard, hf_hub_download
@@ -33,10 +33,11 @@ from transformers import (
 )
 
 from dmgal_hf import DmgalConfig, DmgalModel, DmgalSupport, DmgalVideoProcessor, MgaConfig
-from dmgal_hf.data import episodes_id, load_episodes, load_motion_shapes, sample_episodes
+from dmgal_hf.data import episodes_id, load_episodes, load_motion_shapes, load_puppets, sample_episodes
 from dmgal_hf.hub import (
     collect_files,
     push_episodes,
+    push_made_up_videos,
     push_motion_shapes,
     push_to_hub,
     render_model_card,
@@ -547,6 +548,24 @@ def test_motion_shapes_with_their_videos(hub, client, tmp_path):
     card = DatasetCard(hub.files("org/motion-shapes", "datasets")["README.md"].decode())
     assert "synthetic" in card.data.tags and "# Motion shapes" in card.text
     assert "preset plain, seed 0, generator version 1" in card.text and "- `train`: 24 classes, 24 clips" in card.text
+
+
+def push_and_list_puppets(repo_id, cache_dir):
+    push_made_up_videos(load_puppets("plain", 1, cache_dir=cache_dir, num_proc=1), repo_id)
+    return {split: len(videos) for split, videos in load_dataset(repo_id).items()}
+
+
+def test_puppets_come_with_a_card_of_their_own(hub, client, tmp_path):
+    sizes = client(push_and_list_puppets, "org/puppets", tmp_path)
+    card = DatasetCard(hub.files("org/puppets", "datasets")["README.md"].decode())
+    assert sizes == {"train": 32, "validation": 8, "test": 14}
+    assert "# Puppets" in card.text and "jointed figures" in card.text and "- `test`: 14 classes" in card.text
+    assert "preset plain, seed 0, generator version 1" in card.text
+    others = DatasetDict(
+        train=Dataset.from_dict({"label": [0]}, features=Features({"label": ClassLabel(names=["a"])}))
+    )
+    with pytest.raises(ValueError, match=r"have the classes a, \.\.\.: neither those of motion shapes nor of puppets"):
+        push_made_up_videos(others, "org/others")
 
 
 # Cards

@@ -64,6 +64,9 @@ def test_the_card_describes_the_model_that_is_there(tmp_path):
     assert "C-MGA" in card.text and "matched by ordered temporal alignment" in card.text
     assert "4 frames a video" in card.text
     assert card.data.eval_results[0].dataset_name.endswith("preset textured")
+    puppets = make_run(tmp_path / "puppets", arguments=ARGUMENTS | {"dataset": "puppets", "preset": "crowd"})
+    card = render_model_card(puppets)
+    assert card.data.datasets == ["puppets"] and "puppets, made by dmgal_hf, preset crowd. Synthetic" in card.text
     (folder / "config.json").write_text(json.dumps(config | {"paradigm": "adapter"}))
     assert "without adapters and without training" in render_model_card(folder).text
 

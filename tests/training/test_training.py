@@ -558,7 +558,10 @@ class TestBadInput:
         "options, message",
         [
             (["--learning_rat", "1"], r"unknown option '--learning_rat'\. Did you mean 'learning_rate'\?"),
-            (["--dataset", "kinetics"], r"dataset must be motion_shapes, folder or one of .*kinetics-100.*'kinetics'"),
+            (
+                ["--dataset", "kinetics"],
+                r"must be motion_shapes, puppets, folder or one of .*kinetics-100.*'kinetics'",
+            ),
             (["--dataset", "hmdb51"], r"dataset 'hmdb51' needs videos"),
             (["--dataset", "folder", "--videos", "nowhere"], r"nowhere"),
             (["--way", "30"], r"30-way .*24"),

@@ -5,7 +5,7 @@ Imports `model` and `data`, and neither `inference` nor `training`.
 
 from .cards import render_model_card, write_planned_cards
 from .conversion import convert_official_checkpoint, official_state_dict
-from .shared_datasets import push_episodes, push_motion_shapes
+from .shared_datasets import push_episodes, push_made_up_videos, push_motion_shapes
 from .upload import collect_files, push_to_hub
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "convert_official_checkpoint",
     "official_state_dict",
     "push_episodes",
+    "push_made_up_videos",
     "push_motion_shapes",
     "push_to_hub",
     "render_model_card",

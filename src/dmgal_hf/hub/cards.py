@@ -37,6 +37,7 @@ VIDEO_SOURCES = {
     "hmdb51": VideoSource("HMDB51, ARN split", "hmdb51", "hmdb51"),
     "ucf101": VideoSource("UCF101, ARN split", "ucf101", "ucf101"),
     "motion_shapes": VideoSource("motion shapes, made by dmgal_hf", "motion-shapes", "motion_shapes"),
+    "puppets": VideoSource("puppets, made by dmgal_hf", "puppets", "puppets"),
 }
 # The releases that are intended, and what they start from.
 BENCHMARKS = ("ssv2-full", "ssv2-small", "kinetics-100", "hmdb51", "ucf101")
@@ -150,7 +151,7 @@ def _describe_model(config: dict[str, Any], is_adapter: bool, num_frames: int | 
 
 def _model_card(name: str, dataset: str | None, metrics: dict[str, Any], **facts: Any) -> ModelCard:
     source = VIDEO_SOURCES.get(dataset)
-    if source and facts["arguments"].get("preset") and source.kind == "motion_shapes":
+    if source and facts["arguments"].get("preset") and source.kind in ("motion_shapes", "puppets"):
         source = replace(source, name=f"{source.name}, preset {facts['arguments']['preset']}")
     title = name.rstrip("/").split("/")[-1]
     results = [_eval_result(metrics["test"], dataset, source)] if facts["state"] == "tested" else None

@@ -1,4 +1,4 @@
-"""Episode lists and motion shapes on the Hugging Face Hub, with dataset cards."""
+"""Episode lists and made-up videos on the Hugging Face Hub, with dataset cards."""
 
 import re
 
@@ -6,6 +6,8 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import CommitInfo, DatasetCard, HfApi, hf_hub_download
 
 from ..data.episodes import episodes_id
+from ..data.motion_shapes import MOTION_SHAPES
+from ..data.puppets import PUPPETS
 from .upload import create_repo
 
 _EPISODES_TEXT = """
@@ -30,12 +32,12 @@ What it was drawn from:
 ```
 """
 
-_MOTION_SHAPES_TEXT = """
-# Motion shapes
+_MADE_UP_TEXT = """
+# {title}
 
-Short clips (two seconds, 112 x 112 pixels) of one shape on a background, whose classes differ by motion alone: a
-single frame says nothing about the class. Splits have disjoint classes, for few-shot learning: base classes in
-`train`, novel ones in `test`. Made by dmgal_hf, {origin}; nobody was filmed.
+{what}
+Splits have disjoint classes, for few-shot learning: base classes in `train`, novel ones in `test`. Made by dmgal_hf,
+{origin}; nobody was filmed.
 
 {splits}
 
@@ -44,6 +46,20 @@ Columns: `video` (an H.264 file), `label`, `video_id`. Loaded with `datasets.loa
 Limits: synthetic and simple. What is learned here need not help with real videos, and an accuracy reached here is not
 to be compared with one on any other dataset.
 """
+
+_MADE_UP = (
+    (
+        MOTION_SHAPES,
+        "Short clips (two seconds, 112 x 112 pixels) of one shape on a background, whose classes differ by motion\n"
+        "alone: a single frame says nothing about the class.",
+    ),
+    (
+        PUPPETS,
+        "Short clips (two seconds, 112 x 112 pixels) of jointed figures, whose classes differ by how the limbs move.\n"
+        "Every action comes with its mirror image, its time reversal, or both, as classes of their own: they show\n"
+        "the same poses in another order.",
+    ),
+)
 
 
 def push_episodes(
@@ -82,28 +98,41 @@ def push_episodes(
     return _push_dataset_card(repo_id, text, ["few-shot-learning", "episodes"], revision, token)
 
 
-def push_motion_shapes(
-    shapes: DatasetDict, repo_id: str, private: bool = False, revision: str | None = None, token: str | None = None
+def push_made_up_videos(
+    videos: DatasetDict, repo_id: str, private: bool = False, revision: str | None = None, token: str | None = None
 ) -> CommitInfo:
     """
-    Uploads motion shapes, videos included, with a dataset card.
+    Uploads motion shapes or puppets, videos included, with a dataset card.
 
     Args:
-        shapes (`datasets.DatasetDict`): from [`load_motion_shapes`].
+        videos (`datasets.DatasetDict`): from [`load_motion_shapes`] or [`load_puppets`].
         repo_id, private, revision, token: as [`push_to_hub`].
 
     Returns:
         `huggingface_hub.CommitInfo`: of the commit that completes the card.
+
+    Raises:
+        ValueError: the classes are those of neither.
     """
+    classes = videos["train"].features["label"].names
+    name, what = next(((one.name, what) for one, what in _MADE_UP if list(one.splits) == classes), ("", ""))
+    if not name:
+        raise ValueError(
+            f"these videos have the classes {', '.join(classes[:3])}, ...: neither those of motion shapes nor of "
+            "puppets. Push other videos with their own `push_to_hub`."
+        )
     repo_id = create_repo(HfApi(token=token), repo_id, "dataset", private)
-    shapes.push_to_hub(repo_id, private=private, revision=revision, token=token)
-    made = re.search(r"/(\w+)-seed(\d+)-v(\d+)/", shapes["train"][0]["video"]["path"] or "")
+    videos.push_to_hub(repo_id, private=private, revision=revision, token=token)
+    made = re.search(r"/(\w+)-seed(\d+)-v(\d+)/", videos["train"][0]["video"]["path"] or "")
     origin = "preset {}, seed {}, generator version {}".format(*made.groups()) if made else "settings not recorded"
     splits = "\n".join(
-        f"- `{name}`: {len(set(videos['label']))} classes, {len(videos)} clips" for name, videos in shapes.items()
+        f"- `{split}`: {len(set(rows['label']))} classes, {len(rows)} clips" for split, rows in videos.items()
     )
-    text = _MOTION_SHAPES_TEXT.format(origin=origin, splits=splits, repo_id=repo_id)
+    text = _MADE_UP_TEXT.format(title=name.capitalize(), what=what, origin=origin, splits=splits, repo_id=repo_id)
     return _push_dataset_card(repo_id, text, ["few-shot-learning", "action-recognition", "synthetic"], revision, token)
+
+
+push_motion_shapes = push_made_up_videos  # its name before there were puppets
 
 
 def _push_dataset_card(

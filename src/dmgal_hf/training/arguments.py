@@ -24,7 +24,7 @@ class DataArguments:
 
     dataset: str = field(
         default="motion_shapes",
-        metadata={"help": f"motion_shapes, folder, or a benchmark: {', '.join(BENCHMARKS)}."},
+        metadata={"help": f"motion_shapes, puppets, folder, or a benchmark: {', '.join(BENCHMARKS)}."},
     )
     videos: str | None = field(
         default=None, metadata={"help": "Folder of the videos, or one zip of it (benchmarks and folder)."}
@@ -39,9 +39,9 @@ class DataArguments:
         metadata={"help": "A folder of scripts/prepare_data.py, which replaces dataset, videos and splits."},
     )
     allow_missing: bool = field(default=False, metadata={"help": "Go on without the videos that are not there."})
-    preset: str = field(default="plain", metadata={"help": "Motion shapes: plain or textured."})
-    clips_per_class: int = field(default=40, metadata={"help": "Motion shapes: clips a class."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Motion shapes: where the clips are kept."})
+    preset: str = field(default="plain", metadata={"help": "Made-up videos: plain or textured; puppets: or crowd."})
+    clips_per_class: int = field(default=40, metadata={"help": "Made-up videos: clips a class."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Made-up videos: where the clips are kept."})
     resize: int = field(default=256, metadata={"help": "Short side of the frames, in pixels."})
     crop_size: int = field(default=224, metadata={"help": "Side of the square that is cut out, in pixels."})
     image_mean: float | None = field(
