@@ -1,6 +1,7 @@
 """Trains one variant after the other with the same seeds and budget, and prints their novel-class accuracy.
 
-python scripts/ablate.py --config scripts/configs/motion_shapes_ft.yaml --output_dir runs/ablation [--only NAME ...]
+python scripts/ablate.py --config scripts/configs/puppets_ft.yaml --output_dir runs/ablation [--only NAME ...]
+    [--seeds 0 1 2] [--processes 2]
 
 The markdown table is also written into output_dir/table.md.
 
@@ -9,18 +10,24 @@ Variants that are finished under output_dir are not trained again; one that was 
 
 import json
 import math
+import multiprocessing
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import PartialState
+from tqdm.auto import tqdm
 
 from dmgal_hf.model.configuration_mga import MgaConfig
 from dmgal_hf.training import train
 from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
 from dmgal_hf.training.checkpoints import FREE_FIELDS, differing_fields, list_checkpoints
 from dmgal_hf.training.evaluation import format_accuracy
+from dmgal_hf.training.loading import load_videos
 from dmgal_hf.training.training import run_fields
 
 # What differs from the config, by the name of the variant: fields of ModelArguments.
@@ -75,10 +82,18 @@ class AblationArguments:
     seeds: list[int] | None = field(
         default=None, metadata={"help": "One run of every variant a seed, in place of seed."}
     )
+    processes: int = field(
+        default=1,
+        metadata={"help": "Runs side by side, each on one CPU thread; what one prints goes into its output.txt."},
+    )
     backbones: list[str] = field(
         default_factory=list,
         metadata={"help": "A variant more each: id or folder of a pretrained backbone, or the YAML of a random one."},
     )
+
+    def __post_init__(self):
+        if self.processes < 1:
+            raise ValueError(f"processes must be at least 1, got {self.processes}.")
 
 
 def list_variants(model: ModelArguments, backbones: list[str]) -> dict[str, dict[str, Any]]:
@@ -127,13 +142,48 @@ def run_variant(data: DataArguments, model: ModelArguments, arguments: TrainArgu
     return json.loads(metrics.read_text())
 
 
+def run_alone(data: DataArguments, model: ModelArguments, arguments: TrainArguments) -> dict[str, Any]:
+    """[`run_variant`] on one CPU thread in a process of its own."""
+    output_dir = Path(arguments.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / "output.txt", "a") as file, redirect_stdout(file), redirect_stderr(file):
+        return run_variant(replace(data, num_workers=0), model, replace(arguments, cpu_threads=1))
+
+
+def run_side_by_side(jobs: list[tuple], processes: int) -> list[dict[str, Any]]:
+    """The metrics of jobs, in their order. Ctrl-C reaches the runs too: each saves its state and ends."""
+    if PartialState().num_processes > 1:
+        raise ValueError(f"processes={processes}: start this script as one process to train runs side by side.")
+    load_videos(jobs[0][0])  # made-up clips are made once, not by every run
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, max_tasks_per_child=1)  # accelerate's state is a process's own
+    try:
+        runs = [pool.submit(run_alone, *job) for job in jobs]
+        for run in tqdm(as_completed(runs), total=len(runs), desc="Training", unit="run"):
+            run.result()  # the first that fails ends the rest, as it would one after the other
+        return [run.result() for run in runs]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; more seeds than ten take the last.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def interval_over_seeds(accuracies: list[float]) -> float:
+    """Half the width of the 95 % interval of the mean, from how much training with other seeds varies."""
+    quantile = STUDENT_T[min(len(accuracies) - 1, len(STUDENT_T)) - 1]
+    return quantile * statistics.stdev(accuracies) / math.sqrt(len(accuracies))
+
+
 def format_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
     """
-    Markdown; `results` has the metrics of every seed by variant. The interval is that of the mean over the episodes of
-    all seeds; it does not hold how much training itself varies, which the accuracies of the single seeds show.
+    Markdown; `results` has the metrics of every seed by variant. The interval of the accuracy is that of the mean over
+    the episodes of all seeds; how much training itself varies is in the interval over the seeds.
     """
     by_seed = len(seeds) > 1
-    lines = [f"| variant | trainable parameters | accuracy, % |{' by seed |' if by_seed else ''} episodes |"]
+    seed_column = " by seed (95 % interval over seeds) |" if by_seed else ""
+    lines = [f"| variant | trainable parameters | accuracy, % |{seed_column} episodes |"]
     lines.append("|---|---|---|---|---|" if by_seed else "|---|---|---|---|")
     for name, runs in results.items():
         tests = [run["test"] for run in runs]
@@ -142,7 +192,9 @@ def format_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> 
         interval = None if None in intervals else math.hypot(*intervals) / len(tests)
         result = format_accuracy({"accuracy": accuracy, "confidence_interval": interval}, 1).removesuffix(" %")
         cells = [name, f"{runs[0]['training']['trainable_parameters']:,}", result]
-        cells += [", ".join(f"{test['accuracy']:.1f}" for test in tests)] if by_seed else []
+        if by_seed:
+            single = [test["accuracy"] for test in tests]
+            cells.append(f"{', '.join(f'{one:.1f}' for one in single)} (± {interval_over_seeds(single):.1f})")
         lines.append(f"| {' | '.join([*cells, str(sum(test['num_episodes'] for test in tests))])} |")
     return "\n".join(lines)
 
@@ -157,12 +209,16 @@ def main(data: DataArguments, model: ModelArguments, arguments: TrainArguments, 
         raise ValueError("test_episodes must be at least 1 to compare variants, got 0.")
     seeds = ablation.seeds or [arguments.seed]
     models = {name: change_model(model, variants[name]) for name in names}  # all of them, before hours of training
-    results = {name: [] for name in names}
+    jobs = []
     for seed in seeds:
         for name in names:
             folder = Path(arguments.output_dir, name.replace(" ", "_").replace("/", "_"), f"seed_{seed}")
-            run = run_variant(data, models[name], replace(arguments, seed=seed, output_dir=str(folder)))
-            results[name].append(run)
+            jobs.append((data, models[name], replace(arguments, seed=seed, output_dir=str(folder))))
+    if ablation.processes > 1:
+        runs = run_side_by_side(jobs, ablation.processes)
+    else:
+        runs = [run_variant(*job) for job in jobs]
+    results = {name: runs[number :: len(names)] for number, name in enumerate(names)}
     if PartialState().is_main_process:
         table = format_table(results, seeds)
         Path(arguments.output_dir, "table.md").write_text(table + "\n")

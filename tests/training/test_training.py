@@ -482,10 +482,22 @@ def test_ablation(config, cache_dir, tmp_path, capsys):
     written = [file.stat().st_mtime_ns for file in metrics]
     assert len(metrics) == 6 and run_ablation("--only", *names, "--seeds", "0", "1") == rows
     assert [file.stat().st_mtime_ns for file in metrics] == written  # nothing was trained again
+    with_one = (tmp_path / "ablation" / "both" / "seed_1" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "ablation" / "both")
+    assert run_ablation("--only", *names, "--seeds", "0", "1", "--processes", "2") == rows
+    assert (tmp_path / "ablation" / "both" / "seed_1" / "model.safetensors").read_bytes() == with_one
+    assert "Training" in (tmp_path / "ablation" / "both" / "seed_1" / "output.txt").read_text()
     with pytest.raises(ValueError, match=r"no variant 'no mixer'; there are both, Smga alone"):
         run_ablation("--only", "no mixer")
     with pytest.raises(ValueError, match=r"both/seed_0 holds another run: learning_rate was 0.01 and is 0.5. Give"):
         run_ablation("--only", "both", "--learning_rate", "0.5")
+
+
+def test_the_interval_over_seeds_is_that_of_students_t():
+    assert ablate.interval_over_seeds([90.0, 92.0, 94.0]) == pytest.approx(4.303 * 2 / 3**0.5)
+    assert ablate.interval_over_seeds([80.0] * 20) == 0
+    with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
+        ablate.AblationArguments(processes=0)
 
 
 def test_rows_of_an_ablation_without_a_spread_and_without_an_interval():
