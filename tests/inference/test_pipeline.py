@@ -212,6 +212,14 @@ def test_support_of_a_dataset(videos, classes):
     assert classifier.labels == names and classifier(videos[7]) == make_classifier().fit(classes)(videos[7])
     with pytest.raises(ValueError, match="no column 'video'"):
         classifier.fit(dataset)
+    stream = dataset.rename_columns({"clip": "video", "action": "label"}).to_iterable_dataset()
+    for rows in (stream, stream.cast_column("video", Video()), stream.map(lambda row: row)):
+        expected = names if rows.features else ["0", "1", "2"]
+        streamed = make_classifier().fit(rows)
+        assert streamed.labels == expected and len(streamed.support.features[0]) == 7
+    assert streamed(rows.take(2)["video"]) == streamed(videos[:2])
+    with pytest.raises(ValueError, match="no column 'clip'; its columns are"):
+        streamed.fit(rows, video_column="clip")
     added = Dataset.from_dict({"clip": [videos[7], None], "action": ["new", "new"]})
     with pytest.raises(ValueError, match="row 1 of the dataset has no clip"):
         classifier.add(added, video_column="clip", label_column="action")

@@ -151,7 +151,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
     def fit(
         self,
-        support: "Mapping[str, Any] | datasets.Dataset",
+        support: "Mapping[str, Any] | datasets.Dataset | datasets.IterableDataset",
         unknown: str | float | None = None,
         video_column: str = "video",
         label_column: str = "label",
@@ -161,9 +161,10 @@ class FewShotVideoClassificationPipeline(Pipeline):
         Learns the classes from their example clips. Every clip is read and encoded once.
 
         Args:
-            support (`Mapping` or `datasets.Dataset`):
+            support (`Mapping`, `datasets.Dataset` or `datasets.IterableDataset`):
                 For each label a video or a list of videos, of any kind [`DmgalVideoProcessor`] takes; classes may have
-                different numbers. Or a dataset with a column of videos and one of labels.
+                different numbers. Or a dataset with a column of videos and one of labels, also a streamed one, which
+                is read to its end: give `dataset.take(n)` of a long one.
             unknown (`"auto"` or `float`, *optional*):
                 The distance (as the model measures it: minus the logit) beyond which a video is of no class. "unknown"
                 then takes part in the answers as a class at just that distance, so it comes first exactly where all
@@ -206,7 +207,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
     def add(
         self,
-        support: "Mapping[str, Any] | datasets.Dataset",
+        support: "Mapping[str, Any] | datasets.Dataset | datasets.IterableDataset",
         video_column: str = "video",
         label_column: str = "label",
         batch_size: int | None = None,
@@ -513,9 +514,9 @@ class FewShotVideoClassificationPipeline(Pipeline):
         import datasets  # takes longer to import than all of dmgal_hf
 
         self._current  # noqa: B018 - raises before fit
-        if isinstance(inputs, datasets.Dataset):
+        if isinstance(inputs, (datasets.Dataset, datasets.IterableDataset)):
             raise ValueError("give a column of the dataset, for example dataset['video']")
-        if isinstance(inputs, datasets.arrow_dataset.Column):
+        if isinstance(inputs, (datasets.arrow_dataset.Column, datasets.iterable_dataset.IterableColumn)):
             return list(super().__call__((video for video in undecoded_column(inputs)), **kwargs))
         if isinstance(inputs, (types.GeneratorType, torch.utils.data.Dataset)):
             return super().__call__(inputs, **kwargs)

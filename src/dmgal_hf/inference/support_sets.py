@@ -72,7 +72,7 @@ def read_classes(support: Any, video_column: str, label_column: str) -> dict[str
 
     if isinstance(support, datasets.DatasetDict):
         raise ValueError(f"`support` is a DatasetDict of the splits {list(support)}: give one of them")
-    if isinstance(support, datasets.Dataset):
+    if isinstance(support, (datasets.Dataset, datasets.IterableDataset)):
         support = _group_rows(support, video_column, label_column)
     if not isinstance(support, Mapping):
         raise ValueError(
@@ -89,11 +89,17 @@ def read_classes(support: Any, video_column: str, label_column: str) -> dict[str
 def _group_rows(dataset: "datasets.Dataset", video_column: str, label_column: str) -> dict[str, list[Any]]:
     import datasets
 
+    names = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its own
     for name in (video_column, label_column):
-        if name not in dataset.column_names:
-            raise ValueError(f"the dataset has no column {name!r}; its columns are {dataset.column_names}")
-    feature, classes = dataset.features[label_column], {}
-    for row, (label, video) in enumerate(zip(dataset[label_column], undecoded_column(dataset[video_column]))):
+        if name not in names:
+            raise ValueError(f"the dataset has no column {name!r}; its columns are {names}")
+    feature, classes = (dataset.features or {}).get(label_column), {}
+    if isinstance(dataset, datasets.IterableDataset):  # one pass
+        dataset = undecoded_column(dataset[video_column]).source
+        rows = ((row[label_column], row[video_column]) for row in dataset)
+    else:
+        rows = zip(dataset[label_column], undecoded_column(dataset[video_column]))
+    for row, (label, video) in enumerate(rows):
         for name, value in ((label_column, label), (video_column, video)):
             if value is None or (isinstance(value, float) and math.isnan(value)):
                 raise ValueError(f"row {row} of the dataset has no {name}")

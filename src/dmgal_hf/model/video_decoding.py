@@ -42,6 +42,8 @@ from .extracted_frames import (
     split_cache_path,
 )
 from .reading_limits import LIMITS, VideoDecodeError, one_error
+from .remote_files import fetch, is_elsewhere
+from .still_pictures import video_behind_picture
 from .zip_archive import LOCAL_HEADER, open_zip, split_zip_path
 
 DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
@@ -80,7 +82,9 @@ def read_frames(video: Any, num_frames: int = 8, generator: torch.Generator | No
     video: a path, an http(s) URL, bytes, a binary file object (read from its start), the {"path", "bytes"} of
     `datasets.Video(decode=False)`, a folder or .zip of JPEG or PNG frames in natural order of their names,
     "FILE.zip#/FOLDER", such a folder (or a video file) in a zip archive of many clips, or "FILE.arrow#ROW", a clip of
-    a frame cache (`dmgal_hf.data.preparation`).
+    a frame cache (`dmgal_hf.data.preparation`). Or a path of fsspec, as the rows of streamed datasets have:
+    "hf://...", "s3://...", "zip://a.mp4::FILE.zip". A file of a single picture is no video; of a motion photo, the
+    video is read.
 
     Returns: (T, 3, H, W) uint8 RGB, a view of channels-last memory. Frames of another size than the first of them
     (streams may change size) are scaled to it.
@@ -149,6 +153,9 @@ def _open(video: Any) -> "_Stream | FrameFiles":
             if file.read(4) == LOCAL_HEADER:
                 return ZippedFrames(source, media)
             check_whole(source, file)
+            behind = video_behind_picture(source, file)
+        if behind is not None:
+            return _open({"path": source, "bytes": behind})
     except (OSError, zipfile.BadZipFile) as error:
         raise VideoDecodeError(source, f"cannot be opened ({error})", "Check the path and its permissions.") from error
     return _Stream(source, media)
@@ -165,6 +172,8 @@ def _resolve(video: Any) -> tuple[str, str | bytes]:
         path = os.fspath(video)
         if not path or "\0" in path:
             raise VideoDecodeError(repr(path), "no file has such a name", "Give the path of a video.")
+        if is_elsewhere(path):
+            return path, fetch(path)
         # an absolute path cannot be taken for one of FFmpeg's protocols ("concat:...")
         return (path, _download(path)) if re.match("https?://", path) else (path, os.path.abspath(path))
     if hasattr(video, "read"):

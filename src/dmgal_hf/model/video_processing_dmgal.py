@@ -374,6 +374,11 @@ class DmgalVideoProcessor(BaseImageProcessor):
             return _array_to_clip(video, self.num_frames, name)
         if _is_list(video):
             return _pictures_to_clip(video, self.num_frames, name)
+        if type(video).__name__ == "VideoDecoder":  # of torchcodec, which datasets.Video gives
+            raise ValueError(
+                f"{name} is a VideoDecoder, a row that is decoded already: read rows of "
+                "`dataset.cast_column(column, datasets.Video(decode=False))`"
+            )
         try:
             return read_frames(video, self.num_frames)
         except VideoDecodeError as error:
@@ -418,9 +423,15 @@ def _is_picture(value: Any) -> bool:
 def undecoded_column(column: Any) -> Any:
     """A column of a `datasets.Dataset`; videos in it become {"path", "bytes"}, which the processor reads itself."""
     datasets = sys.modules["datasets"]  # no import: this file also works where it is not installed
-    if not isinstance(column.features, datasets.Video) or not column.features.decode:
+    feature = _feature(column)
+    if not isinstance(feature, datasets.Video) or not feature.decode:
         return column
     return column.source.cast_column(column.column_name, datasets.Video(decode=False))[column.column_name]
+
+
+def _feature(column: Any) -> Any:
+    """That of a column of a `datasets.Dataset` or `IterableDataset`; a stream may not know its own."""
+    return column.features if hasattr(column, "features") else (column.source.features or {}).get(column.column_name)
 
 
 def _list_videos(videos: Any, name: str) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""Videos that lie elsewhere, by the paths of fsspec: "hf://...", "s3://...", "zip://a.mp4::https://.../archive.zip"."""
+
+import os
+import re
+
+from .reading_limits import LIMITS, VideoDecodeError
+
+
+def is_elsewhere(path: str) -> bool:
+    """Whether `path` is one of fsspec's; http(s) addresses and files that are here are none."""
+    named = re.match(r"[a-z][a-z0-9+.-]+://", path, re.IGNORECASE) and not re.match("https?://", path)
+    return bool(named or "::" in path) and not os.path.lexists(path)
+
+
+def fetch(path: str) -> bytes:
+    """
+    The file, whole. Raises VideoDecodeError where it cannot be had, or is larger than `LIMITS.downloaded_bytes`.
+    """
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            parts, size = [], 0
+            while part := file.read(2**20):
+                parts.append(part)
+                size += len(part)
+                LIMITS.check(path, "downloaded_bytes", size)
+            return b"".join(parts)
+    except VideoDecodeError:
+        raise
+    except Exception as error:  # each file system has its own, and some have to be installed
+        raise VideoDecodeError(path, f"cannot be fetched ({error})", "Check the path and the access to it.") from error
