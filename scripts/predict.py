@@ -34,6 +34,9 @@ class PredictArguments:
     unknown: str | None = field(
         default=None, metadata={"help": "auto, or the distance beyond which a video is of no class."}
     )
+    text_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the class names as text; 0 leaves them out."}
+    )
     save: str | None = field(default=None, metadata={"help": "Keep the support set in this folder."})
     json: str | None = field(default=None, metadata={"help": "Write the answers into this JSON file."})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, mps, ..."})
@@ -60,15 +63,22 @@ def read_threshold(text: str | None) -> str | float | None:
         raise ValueError(f"--unknown {text}: give auto or a distance, a number") from None
 
 
-def fit(classifier: FewShotVideoClassificationPipeline, support: Path, unknown: str | float | None):
+def fit(
+    classifier: FewShotVideoClassificationPipeline,
+    support: Path,
+    unknown: str | float | None,
+    text_weight: float | None,
+):
     if (support / ABOUT_FILE).is_file():
         classifier.load(support)
+        if text_weight is not None:
+            classifier.text_weight = text_weight
         if unknown == "auto":
             raise ValueError("--unknown auto needs the clips: the kept support set has the threshold of its fit")
         if unknown is not None:
             classifier.unknown = unknown
     else:
-        classifier.fit(list_class_clips(support), unknown=unknown)
+        classifier.fit(list_class_clips(support), unknown=unknown, text_weight=text_weight)
 
 
 def predict(classifier: FewShotVideoClassificationPipeline, queries: list[str]) -> Iterator[dict[str, Any]]:
@@ -86,7 +96,7 @@ def main(arguments: PredictArguments) -> int:
     if arguments.json is not None:
         Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
     classifier = pipeline(TASK, model=arguments.model, device=arguments.device, top_k=arguments.top_k)
-    fit(classifier, Path(arguments.support), unknown)
+    fit(classifier, Path(arguments.support), unknown, arguments.text_weight)
     if arguments.save is not None:
         classifier.save(arguments.save)
     answers, width = [], max(map(len, queries))

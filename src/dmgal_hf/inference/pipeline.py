@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from huggingface_hub import CommitInfo, HfApi
-from transformers import Pipeline, PreTrainedModel, pipeline
+from transformers import AutoConfig, BaseImageProcessor, Pipeline, PreTrainedModel, pipeline
 
-from ..model.modeling_dmgal import DmgalSupport
+from ..model.class_texts import check_has_text_tower, class_texts, combined_logits
+from ..model.configuration_dmgal import DmgalConfig, check_text_weight
+from ..model.modeling_dmgal import DmgalModel, DmgalSupport
 from ..model.video_processing_dmgal import DmgalVideoProcessor, _list_videos, undecoded_column
 from .query_model import DmgalQueryModel
-from .streaming import Picture, StreamedLabel, Window, is_live, window_batches, window_logits
+from .streaming import Picture, StreamedLabel, Window, is_live, window_batches, window_scores
 from .support_sets import (
     SUPPORT_FORMAT,
     UNKNOWN,
@@ -31,6 +33,7 @@ from .support_sets import (
     check_temperature,
     check_unknown,
     clip_digests,
+    fields_of_untrained,
     find_support,
     fingerprint,
     kept_model_id,
@@ -63,18 +66,22 @@ class FewShotVideoClassificationPipeline(Pipeline):
     Classifies videos among classes that are given by a few example clips each.
 
     Args:
-        model ([`DmgalModel`] or `PeftModel` of one): the model; it is put into eval mode.
+        model ([`DmgalModel`], `PeftModel` of one, or an image backbone of transformers):
+            The model; it is put into eval mode. A bare backbone becomes one by [`DmgalModel.untrained`].
         image_processor ([`DmgalVideoProcessor`], *optional*):
             How videos are read; by default that of the checkpoint the model comes from. `processor` and
             `video_processor` are other names for it.
+        model_fields (`dict`, *optional*): fields of [`DmgalConfig`] for a bare backbone.
         kwargs: those of [`~transformers.Pipeline`] (`device`, `batch_size`, `num_workers`), and `top_k` for all calls.
 
     Attributes:
         temperature (`float`): scores are softmax(logits / temperature), above 0. At first `config.score_temperature`
             of the model; [`calibrate`] and [`load`] set it, [`fit`] leaves it.
+        text_weight (`float`): of the log-probabilities by text beside those by clips, 0 or more. At first
+            `config.text_weight` of a model with `text_guidance`, else 0; [`fit`], [`calibrate`] and [`load`] set it.
 
     Raises:
-        ValueError: the model is no [`DmgalModel`], or there is no processor to be found.
+        ValueError: the model is neither, or there is no processor to be found.
 
     Example:
 
@@ -98,9 +105,24 @@ class FewShotVideoClassificationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def __init__(self, model: PreTrainedModel, image_processor: DmgalVideoProcessor | None = None, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image_processor: DmgalVideoProcessor | None = None,
+        model_fields: Mapping[str, Any] | None = None,
+        **kwargs,
+    ):
         if not hasattr(model, "encode_support"):
-            raise ValueError(f"{TASK!r} needs a DmgalModel, not a {type(model).__name__}: choose a DMGAL checkpoint.")
+            model = _untrained(model, model_fields or {})
+            if isinstance(image_processor, BaseImageProcessor) and not isinstance(
+                image_processor, DmgalVideoProcessor
+            ):
+                # The backbone's own, which `pipeline()` has loaded.
+                image_processor = DmgalVideoProcessor.from_dict(
+                    image_processor.to_dict(), num_frames=model.config.num_frames
+                )
+        elif model_fields:
+            raise ValueError(f"model_fields are for a bare backbone, and this is a DmgalModel: {dict(model_fields)}")
         # `pipeline()` loads that of the checkpoint as image_processor: what is given by another name is meant.
         given = [kwargs.pop(name) for name in ("processor", "video_processor") if kwargs.get(name) is not None]
         processor = given[0] if given else image_processor
@@ -113,6 +135,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         self.model.eval()
         self.temperature = self.model.config.score_temperature
         self._fitted: FittedSupport | None = None
+        self.text_weight = self.model.config.text_weight if self._has_text_head else 0.0
 
     # The support set
 
@@ -123,6 +146,34 @@ class FewShotVideoClassificationPipeline(Pipeline):
     @temperature.setter
     def temperature(self, value: float):
         self._temperature = check_temperature(value)
+
+    @property
+    def text_weight(self) -> float:
+        return self._text_weight
+
+    @text_weight.setter
+    def text_weight(self, value: float):
+        value, fitted = self._check_text_weight(value), self._fitted
+        if fitted is not None:
+            if value and fitted.text_embeds is None:
+                raise ValueError("these classes were fitted without text: fit again with text_weight above 0")
+            if not value and fitted.without_clips:
+                raise ValueError(f"text_weight must be above 0 for {list(fitted.without_clips)}, which have no clips")
+        self._text_weight = value
+
+    @property
+    def _has_text_head(self) -> bool:
+        return getattr(self.model, "text_head", None) is not None
+
+    def _check_text_weight(self, value: float) -> float:
+        value = check_text_weight(value)
+        if value and not self._has_text_head:
+            check_has_text_tower(self.model.config.backbone_config)
+            raise ValueError(
+                f"text_weight is {value}, but this model has no text head: build it with text_guidance=True, see "
+                "DmgalModel.from_backbone."
+            )
+        return value
 
     @property
     def _current(self) -> FittedSupport:
@@ -156,15 +207,19 @@ class FewShotVideoClassificationPipeline(Pipeline):
         video_column: str = "video",
         label_column: str = "label",
         batch_size: int | None = None,
+        text_weight: float | None = None,
+        descriptions: Mapping[str, str] | None = None,
     ) -> "FewShotVideoClassificationPipeline":
         """
-        Learns the classes from their example clips. Every clip is read and encoded once.
+        Learns the classes from their example clips. Every clip is read and encoded once. Where names take part as text
+        (`text_weight` above 0), the text tower is loaded, runs once over them and is freed.
 
         Args:
             support (`Mapping`, `datasets.Dataset` or `datasets.IterableDataset`):
                 For each label a video or a list of videos, of any kind [`DmgalVideoProcessor`] takes; classes may have
                 different numbers. Or a dataset with a column of videos and one of labels, also a streamed one, which
-                is read to its end: give `dataset.take(n)` of a long one.
+                is read to its end: give `dataset.take(n)` of a long one. With text a class may have no video, `[]` or
+                `None`: it is then known by its name alone.
             unknown (`"auto"` or `float`, *optional*):
                 The distance (as the model measures it: minus the logit) beyond which a video is of no class. "unknown"
                 then takes part in the answers as a class at just that distance, so it comes first exactly where all
@@ -174,15 +229,21 @@ class FewShotVideoClassificationPipeline(Pipeline):
             video_column (`str`): column of the videos, for a dataset.
             label_column (`str`): column of the labels, for a dataset.
             batch_size (`int`, *optional*): clips encoded together; by default that of the pipeline, or 1.
+            text_weight (`float`, *optional*): becomes the attribute; by default as it is. 0 leaves text out.
+            descriptions (`Mapping[str, str]`, *optional*):
+                For some labels a text in place of `config.text_templates` with the label:
+                `{"lift": "a hand lifts a cup off a table"}`.
 
         Returns:
             the pipeline itself.
 
         Raises:
-            ValueError: fewer than two classes, a class without videos, a label that is no string, or a threshold that
-                is not possible. `VideoDecodeError` for a clip that cannot be read. Nothing has changed then.
+            ValueError: fewer than two classes, a class without videos, a label that is no string, a threshold that is
+                not possible, or text that is not: see [`DmgalModel.embed_class_names`]. `VideoDecodeError` for a clip
+                that cannot be read. Nothing has changed then.
         """
-        classes = read_classes(support, video_column, label_column)
+        text_weight = self._check_text_weight(self.text_weight if text_weight is None else text_weight)
+        classes = read_classes(support, video_column, label_column, with_text=text_weight > 0)
         if len(classes) < 2:
             raise ValueError(
                 f"`support` has {len(classes)} class(es), {list(classes)}: a classifier needs at least two. Add "
@@ -190,19 +251,23 @@ class FewShotVideoClassificationPipeline(Pipeline):
             )
         auto = isinstance(unknown, str) and unknown == "auto"
         distance = check_unknown(None if auto else unknown, classes, reserve=unknown is not None)
+        _check_clips_for_unknown(unknown, classes)
+        text_embeds = self._embed_names(list(classes), descriptions, text_weight)
         digests = clip_digests(classes)
         warn_of_repeats(classes, digests, {})
         encoded, pixel_values = self._encode(classes, auto, batch_size)
         labels = tuple(classes)
         fitted = FittedSupport(
             labels=labels,
-            support=numbered(encoded, [labels.index(label) for label in classes for _ in classes[label]]),
+            support=numbered(encoded, [labels.index(label) for label in classes for _ in classes[label]], len(labels)),
             digests=tuple(digests.values()),
             pixel_values=pixel_values,
             unknown=distance,
             auto=auto,
+            text_embeds=text_embeds,
         )
         self._fitted = self._with_threshold(fitted)
+        self.text_weight = text_weight
         return self
 
     def add(
@@ -211,6 +276,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         video_column: str = "video",
         label_column: str = "label",
         batch_size: int | None = None,
+        descriptions: Mapping[str, str] | None = None,
     ) -> "FewShotVideoClassificationPipeline":
         """
         Adds classes, or clips to classes that are there. No clip of before is read or encoded again; a threshold that
@@ -219,8 +285,12 @@ class FewShotVideoClassificationPipeline(Pipeline):
         Args and errors as in [`fit`].
         """
         old = self._current
-        classes = read_classes(support, video_column, label_column)
+        with_text = old.text_embeds is not None
+        classes = read_classes(support, video_column, label_column, with_text)
         check_unknown(None, classes, reserve=old.unknown is not None)
+        _check_clips_for_unknown(
+            old.unknown, {label: clips for label, clips in classes.items() if label not in old.labels}
+        )
         needs_clips = old.auto and self.model.has_cross_adapters
         if needs_clips and old.pixel_values is None:
             raise ValueError(
@@ -228,6 +298,12 @@ class FewShotVideoClassificationPipeline(Pipeline):
                 "clips, and they are not saved. Fit again with all clips, or set `unknown` to a distance."
             )
         digests = clip_digests(classes)
+        text_embeds, new = old.text_embeds, [label for label in classes if label not in old.labels]
+        if with_text and new:
+            class_texts([*old.labels, *new], descriptions, self.model.config.text_templates)
+            text_embeds = torch.cat([text_embeds, self._embed_names(new, descriptions, 1.0)])
+        elif descriptions:
+            self._embed_names(new, descriptions, float(with_text))
         numbers = old.support.labels[0].tolist()
         warn_of_repeats(classes, digests, {d: old.labels[n] for d, n in zip(old.digests, numbers) if d is not None})
         encoded, pixel_values = self._encode(classes, old.auto, batch_size)
@@ -237,9 +313,10 @@ class FewShotVideoClassificationPipeline(Pipeline):
         fitted = replace(
             old,
             labels=labels,
-            support=numbered(DmgalSupport.cat([old.support, encoded]), numbers),
+            support=numbered(DmgalSupport.cat([old.support, encoded]), numbers, len(labels)),
             digests=old.digests + tuple(digests.values()),
             pixel_values=torch.cat([old.pixel_values, pixel_values]) if needs_clips else None,
+            text_embeds=text_embeds,
         )
         self._fitted = self._with_threshold(fitted)
         return self
@@ -266,9 +343,12 @@ class FewShotVideoClassificationPipeline(Pipeline):
         fitted = replace(
             old,
             labels=left,
-            support=numbered(old.support.select(clips), [left.index(names[clip]) for clip in clips]),
+            support=numbered(old.support.select(clips), [left.index(names[clip]) for clip in clips], len(left)),
             digests=tuple(old.digests[clip] for clip in clips),
             pixel_values=None if old.pixel_values is None else old.pixel_values[clips],
+            text_embeds=None
+            if old.text_embeds is None
+            else old.text_embeds[[old.labels.index(label) for label in left]],
         )
         if fitted.auto and not (self.model.has_cross_adapters and fitted.pixel_values is None):
             fitted = self._with_threshold(fitted)
@@ -277,26 +357,51 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
     def calibrate(self) -> float:
         """
-        Sets the temperature of the scores from the support clips, each scored in the episode without it (ours): the
-        one with the smallest cross entropy to a target of (S + 1) / (S + N) for the clip's own class among N and
-        1 / (S + N) for each other, with S clips in all. A target of 1 would ask for a temperature of zero wherever all
-        clips are recognised; this one is Laplace's rule of succession. It lies between 0.001 and 100.
+        Sets the temperature of the scores, and with text its weight, from the support clips, each scored in the
+        episode without it (ours): those with the smallest cross entropy to a target of (S + 1) / (S + N) for the
+        clip's own class among N and 1 / (S + N) for each other, with S clips in all. A target of 1 would ask for a
+        temperature of zero wherever all clips are recognised; this one is Laplace's rule of succession. The
+        temperature lies between 0.001 and 100, the weight is 0 or lies between 0.01 and 10.
 
         Returns:
             `float`: the temperature, which [`save`] keeps. Put it into `model.config.score_temperature` to give it to
-            all users of a checkpoint.
+            all users of a checkpoint (and `text_weight` into `model.config.text_weight`).
 
         Raises:
             ValueError: a class has a single clip; or, with Cmga-Adapters, `fit` was called without `unknown="auto"`.
         """
-        logits = self._leave_one_out(self._current, "calibrate()")
-        (clips, way), own = logits.shape, self.support.labels[0].cpu()
+        fitted = self._current
+        logits = self._leave_one_out(fitted, "calibrate()").double()
+        (clips, way), own = logits.shape, fitted.support.labels[0].cpu()
         targets = torch.full((clips, way), 1 / (clips + way), dtype=torch.float64)
         targets[range(clips), own] = (clips + 1) / (clips + way)
         temperatures = torch.logspace(-3, 2, 501, dtype=torch.float64)
-        scores = (logits.double() / temperatures[:, None, None]).log_softmax(-1)
-        self.temperature = float(temperatures[(scores * targets).sum((1, 2)).argmax()])
+        by_clips = (logits / temperatures[:, None, None]).log_softmax(-1)
+        weights, by_text = [0.0], torch.zeros(())
+        if fitted.text_embeds is not None:
+            weights += torch.logspace(-2, 1, 31, dtype=torch.float64).tolist()
+            with torch.no_grad():
+                by_text = self._text_log_probs(fitted.support.states["text.videos"][0], fitted).double().cpu()
+        fits = [((by_clips + weight * by_text).log_softmax(-1) * targets).sum((1, 2)) for weight in weights]
+        weight, temperature = divmod(int(torch.stack(fits).argmax()), len(temperatures))
+        self.temperature = float(temperatures[temperature])
+        if fitted.text_embeds is not None:
+            self.text_weight = weights[weight]
         return self.temperature
+
+    def _embed_names(
+        self, labels: list[str], descriptions: Mapping[str, str] | None, text_weight: float
+    ) -> torch.Tensor | None:
+        """(N, E), `None` where text is left out."""
+        if text_weight:
+            return self.model.embed_class_names(labels, descriptions)
+        if descriptions:
+            raise ValueError(f"descriptions of {list(descriptions)} are given, and text is left out: text_weight is 0")
+        return None
+
+    def _text_log_probs(self, video_embeds: torch.Tensor, fitted: FittedSupport) -> torch.Tensor:
+        """Embedded videos (V, E) -> log-probabilities of the classes by text, (V, N) float32."""
+        return self.model.text_logits(video_embeds, fitted.text_embeds).log_softmax(-1)
 
     def _with_threshold(self, fitted: FittedSupport) -> FittedSupport:
         if not fitted.auto:
@@ -311,8 +416,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
         single = [label for number, label in enumerate(fitted.labels) if counts[number] < 2]
         if single:
             raise ValueError(
-                f"{purpose} leaves out one clip at a time, so every class needs two or more, but {single} has one: "
-                "add a clip, or do without."
+                f"{purpose} leaves out one clip at a time, so every class needs two or more, but {single} has one or "
+                "none: add a clip, or do without."
             )
         clips = fitted.pixel_values
         if self.model.has_cross_adapters and clips is None:
@@ -332,6 +437,10 @@ class FewShotVideoClassificationPipeline(Pipeline):
         names = list(videos)
         batch_size = self._batch_size or 1 if batch_size is None else batch_size
         _check_whole_number("batch_size", batch_size)
+        if not names:
+            if self.model.has_cross_adapters or self.model.cross_attention is not None:
+                raise ValueError("no class has a clip, and this model (C-MGA) reads queries beside clips: give some")
+            return self._blank_support().to(self.device).select([]), None
         parts, kept = [], []
         with torch.no_grad(), self.device_placement():
             for start in range(0, len(names), batch_size):
@@ -358,7 +467,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
     def query_model(self) -> DmgalQueryModel:
         """The model with the classes of now built in, to be compiled or exported: query videos in, logits out."""
-        return DmgalQueryModel(self.model, self.support)
+        fitted = self._current
+        return DmgalQueryModel(self.model, fitted.support, fitted.text_embeds, self.temperature, self.text_weight)
 
     # Kept support sets
 
@@ -374,13 +484,15 @@ class FewShotVideoClassificationPipeline(Pipeline):
             "unknown": fitted.unknown,
             "unknown_is_auto": fitted.auto,
             "temperature": self.temperature,
+            "text_weight": self.text_weight,
+            "model_fields": fields_of_untrained(self.model),
             "clip_digests": list(fitted.digests),
             "model": kept_model_id(self.model),
             "revision": model_revision(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "fingerprint": fingerprint(self.model, self.image_processor),
         }
-        write_support(folder, fitted.support, about)
+        write_support(folder, fitted.support, about, fitted.text_embeds)
 
     def load(
         self, folder_or_id: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
@@ -408,8 +520,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
                 f"{str(self.model.dtype).removeprefix('torch.')}): weights, config or preprocessing differ, so the "
                 "kept features mean nothing here. Load that model, or fit again from the clips."
             )
-        support = read_support(about, path)
-        check_kept_support(support, self._blank_support(), path)
+        support, text_embeds = read_support(about, path)
+        check_kept_support(support, self._blank_support(), path, text_embeds)
         fitted = FittedSupport(
             labels=tuple(about["labels"]),
             support=support.to(self.device),
@@ -417,9 +529,11 @@ class FewShotVideoClassificationPipeline(Pipeline):
             pixel_values=None,
             unknown=check_unknown(about["unknown"], about["labels"]),
             auto=about["unknown_is_auto"],
+            text_embeds=None if text_embeds is None else text_embeds.to(self.device),
         )
         self.temperature = about["temperature"]
         self._fitted = fitted
+        self.text_weight = 0.0 if text_embeds is None else about["text_weight"]
         return self
 
     def _blank_support(self) -> DmgalSupport:
@@ -476,6 +590,11 @@ class FewShotVideoClassificationPipeline(Pipeline):
                     "model= with the model, its folder or its id"
                 )
             kwargs["revision"] = about["revision"]
+            kwargs["model_fields"] = about["model_fields"]
+        elif not hasattr(model, "encode_support") and about["model_fields"]:
+            is_object = isinstance(model, PreTrainedModel)
+            config = model.config if is_object else AutoConfig.from_pretrained(model, token=token)
+            kwargs["model_fields"] = None if config.model_type == DmgalConfig.model_type else about["model_fields"]
         if isinstance(model, (str, os.PathLike)):
             kwargs.setdefault("dtype", about["dtype"])
         classifier = pipeline(TASK, model=model, token=token, pipeline_class=cls, **kwargs)
@@ -547,11 +666,14 @@ class FewShotVideoClassificationPipeline(Pipeline):
         errors, fitted = model_inputs["error"], self._current
         errors = errors if isinstance(errors, list) else [errors]  # of a batch, or of one video
         read = [number for number, error in enumerate(errors) if error is None]
-        logits = torch.full((len(errors), len(fitted.labels)), torch.nan, device=self.device)
+        kinds = 1 if fitted.text_embeds is None else 2  # logits by clips, and log-probabilities by text
+        logits = torch.full((len(errors), kinds, len(fitted.labels)), torch.nan, device=self.device)
         if read:
             pixel_values = self._to_model(model_inputs["pixel_values"])[None]  # (1, Q, T, 3, H, W)
-            found = self.model(query_pixel_values=pixel_values, support=fitted.support).logits[0]
-            logits[read] = found.float()
+            found = self.model(query_pixel_values=pixel_values, support=fitted.support)
+            logits[read, 0] = found.logits[0].float()
+            if fitted.text_embeds is not None:
+                logits[read, 1] = self._text_log_probs(found.query_embeds[0], fitted)
         # Answers may be asked for after the classes have changed. In an array, which is split by video as the logits.
         return {"logits": logits, "fitted": np.full((len(logits), 1), fitted, dtype=object), "error": errors}
 
@@ -563,10 +685,15 @@ class FewShotVideoClassificationPipeline(Pipeline):
         return self._answer(model_outputs["logits"][0], model_outputs["fitted"].item(), top_k)
 
     def _answer(self, logits: torch.Tensor, fitted: FittedSupport, top_k: int | None) -> list[dict[str, Any]]:
-        self._check_finite(logits, "a video")
-        logits, labels = logits.double(), list(fitted.labels)
+        """`logits` (1, N) by clips, or (2, N) with log-probabilities by text."""
+        self._check_finite(logits.masked_fill(logits.isneginf(), 0) if fitted.without_clips else logits, "a video")
+        (logits, *by_text), labels = logits.double(), list(fitted.labels)
         if fitted.unknown is not None:
             logits, labels = torch.cat([logits, logits.new_tensor([-fitted.unknown])]), [*labels, UNKNOWN]
+            # It has no text: there it is as likely as chance.
+            by_text = [torch.cat([of_text, of_text.new_tensor([-math.log(len(of_text))])]) for of_text in by_text]
+        if by_text and self.text_weight:
+            logits = combined_logits(logits, by_text[0], self.temperature, self.text_weight)
         scores = (logits / self.temperature).softmax(0)
         order = logits.argsort(descending=True, stable=True)[:top_k]
         return [{"label": labels[number], "score": float(scores[number])} for number in order.tolist()]
@@ -633,10 +760,36 @@ class FewShotVideoClassificationPipeline(Pipeline):
     def _label_windows(self, windows: list[Window]) -> Iterator[StreamedLabel]:
         fitted = self._current
         with torch.no_grad(), self.device_placement():
-            logits = window_logits(self.model, windows, fitted.support).cpu()
+            by_clips, embeds = window_scores(self.model, windows, fitted.support)
+            logits = (
+                [by_clips.float()]
+                if embeds is None or fitted.text_embeds is None
+                else [by_clips.float(), self._text_log_probs(embeds, fitted)]
+            )
+            logits = torch.stack(logits, 1).cpu()
         for window, of_window in zip(windows, logits):
             best = self._answer(of_window, fitted, top_k=1)[0]
             yield StreamedLabel(float(window.start), float(window.end), best["label"], best["score"])
+
+
+def _untrained(model: Any, fields: Mapping[str, Any]) -> DmgalModel:
+    """A bare backbone as a model. Raises `ValueError` for anything else, and says what can be done."""
+    problem = f"{TASK!r} needs a DmgalModel, not a {type(model).__name__}"
+    remedy = (
+        'choose a DMGAL checkpoint, or an image backbone that DmgalModel.from_backbone(X, paradigm="adapter") takes'
+    )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{problem}: {remedy}.")
+    try:
+        return DmgalModel.untrained(model, **fields)
+    except ValueError as error:
+        raise ValueError(f"{problem} ({str(error).rstrip('.')}): {remedy}.") from error
+
+
+def _check_clips_for_unknown(unknown: Any, classes: Mapping[str, Any]):
+    empty = [label for label, clips in classes.items() if not clips]
+    if unknown is not None and empty:
+        raise ValueError(f"`unknown` is a distance to clips, and {empty} have none: give clips, or do without unknown")
 
 
 def _check_whole_number(name: str, value: int):

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ..model.class_texts import combined_logits
 from ..model.modeling_dmgal import DmgalModel, DmgalSupport
 
 
@@ -36,12 +37,23 @@ class DmgalQueryModel(nn.Module):
     Args:
         model ([`DmgalModel`] or `PeftModel` of one): the model; it is put into eval mode and shared, not copied.
         support ([`DmgalSupport`]): kept supports of one episode.
+        text_embeds (`torch.FloatTensor` of shape `(N, E)`, *optional*): prototypes by text: the logits are then those
+            of [`combined_logits`], with the next two arguments, by default those of the model's config.
+        temperature (`float`, *optional*): scores are softmax(logits / temperature).
+        text_weight (`float`, *optional*): of the text.
 
     Raises:
         ValueError: the supports are those of several episodes.
     """
 
-    def __init__(self, model: DmgalModel, support: DmgalSupport):
+    def __init__(
+        self,
+        model: DmgalModel,
+        support: DmgalSupport,
+        text_embeds: torch.Tensor | None = None,
+        temperature: float | None = None,
+        text_weight: float | None = None,
+    ):
         super().__init__()
         if len(support.features) != 1:
             raise ValueError(
@@ -52,6 +64,9 @@ class DmgalQueryModel(nn.Module):
         self.way = support.way
         self.register_buffer("features", support.features)
         self.register_buffer("labels", support.labels)
+        self.register_buffer("text_embeds", text_embeds)
+        self.temperature = model.config.score_temperature if temperature is None else temperature
+        self.text_weight = model.config.text_weight if text_weight is None else text_weight
         # Buffers have no dots in their names. The number of supports is no tensor: it decides what is computed.
         self.num_support = support.states["num_support"].tolist() if "num_support" in support.states else None
         self.state_names = [name for name in support.states if name != "num_support"]
@@ -65,4 +80,8 @@ class DmgalQueryModel(nn.Module):
             states["num_support"] = torch.tensor(self.num_support)
         support = DmgalSupport(self.features, self.labels, self.way, states)
         pixel_values = pixel_values.to(self.model.dtype)[None]
-        return self.model(query_pixel_values=pixel_values, support=support).logits[0]
+        output = self.model(query_pixel_values=pixel_values, support=support)
+        if self.text_embeds is None:
+            return output.logits[0]
+        by_text = self.model.text_logits(output.query_embeds[0], self.text_embeds).log_softmax(-1)
+        return combined_logits(output.logits[0], by_text, self.temperature, self.text_weight)

@@ -47,10 +47,14 @@ class StreamedLabel(NamedTuple):
 
 @dataclass
 class Frame:
-    """A frame that windows share: pixel values (3, H, W), replaced by the backbone's maps (h, w, C) once encoded."""
+    """
+    A frame that windows share: pixel values (3, H, W), replaced by the backbone's maps (h, w, C) once encoded. Then
+    `pooled` (C,) is what a text is compared with, `None` for a model without text.
+    """
 
     tensor: torch.Tensor
     encoded: bool = False
+    pooled: torch.Tensor | None = None
 
 
 class Window(NamedTuple):
@@ -170,25 +174,36 @@ def in_one_row(windows: list[Window]) -> tuple[list[Frame], list[int]]:
     return frames, starts
 
 
-def window_logits(model: DmgalModel, windows: list[Window], support: DmgalSupport) -> torch.Tensor:
+def window_scores(
+    model: DmgalModel, windows: list[Window], support: DmgalSupport
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    The logits (W, N) of W windows. Where the backbone sees one frame at a time, only frames that no window had before
-    go through it; they keep their maps in place of their pixels.
+    The logits (W, N) of W windows, and their embeddings (W, E) to be compared with texts, `None` for a model without.
+    Where the backbone sees one frame at a time, only frames that no window had before go through it; they keep their
+    maps in place of their pixels.
 
     Raises `ValueError` for frames of different sizes.
     """
     device = support.features.device
     if not model.frames_are_independent:
         frames = _stack([frame for window in windows for frame in window.frames]).to(device, model.dtype)
-        return model(query_pixel_values=frames.unflatten(0, (len(windows), -1))[None], support=support).logits[0]
+        output = model(query_pixel_values=frames.unflatten(0, (len(windows), -1))[None], support=support)
+        return output.logits[0], None if output.query_embeds is None else output.query_embeds[0]
     frames, starts = in_one_row(windows)
     new = list({id(frame): frame for frame in frames if not frame.encoded}.values())
     for start in range(0, len(new), FRAMES_TOGETHER):
         part = new[start : start + FRAMES_TOGETHER]
-        for frame, maps in zip(part, model.encode_frames(_stack(part).to(device, model.dtype))):
+        maps, pooled = model.encode_frames(_stack(part).to(device, model.dtype), return_pooled=True)
+        for number, frame in enumerate(part):
             # As they lie in memory. Not a view: it would keep the others.
-            frame.tensor, frame.encoded = maps.movedim(0, -1).clone(), True
-    return model.score_windows(_stack(frames).movedim(-1, 1), torch.tensor(starts, device=device), support)
+            frame.tensor, frame.encoded = maps[number].movedim(0, -1).clone(), True
+            frame.pooled = None if pooled is None else pooled[number].clone()
+    logits = model.score_windows(_stack(frames).movedim(-1, 1), torch.tensor(starts, device=device), support)
+    if frames[0].pooled is None:
+        return logits, None
+    return logits, model.embed_videos(
+        torch.stack([torch.stack([frame.pooled for frame in window.frames]) for window in windows])
+    )
 
 
 def _stack(frames: list[Frame]) -> torch.Tensor:

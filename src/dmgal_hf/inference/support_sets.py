@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import extract_commit_hash
 
-from ..model.configuration_dmgal import DmgalConfig
+from ..model.backbones import has_adapters
+from ..model.configuration_dmgal import DmgalConfig, check_text_weight
 from ..model.modeling_dmgal import DmgalSupport
 from ..model.video_processing_dmgal import (
     DmgalVideoProcessor,
@@ -44,7 +46,9 @@ _ABOUT_FIELDS = {"labels": list, "unknown": (int, float, type(None)), "unknown_i
 
 # Fields of DmgalConfig that change no feature, or hold what each version of transformers writes differently.
 _NOT_IN_FINGERPRINT = {"attention_dropout", "backbone_config", "format_version", "position_dropout",
-                       "score_temperature"}  # fmt: skip
+                       "score_temperature", "text_guidance", "text_model", "text_templates",
+                       "text_weight"}  # fmt: skip
+TEXT_PROTOTYPES = "text.classes"  # among the tensors of a kept support set
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class FittedSupport:
     """
     A support set of one episode: `labels` names its classes; the S clips of `support` have the `digests` (None for
     arrays); `pixel_values` (S, T, 3, H, W) are kept only where leaving one out needs them. `unknown` is the threshold
-    on distances, and `auto` says that it comes from leaving one out.
+    on distances, and `auto` says that it comes from leaving one out. `text_embeds` (N, E) are the prototypes by text,
+    `None` where text is left out.
     """
 
     labels: tuple[str, ...]
@@ -61,13 +66,22 @@ class FittedSupport:
     pixel_values: torch.Tensor | None
     unknown: float | None
     auto: bool
+    text_embeds: torch.Tensor | None = None
+
+    @cached_property
+    def without_clips(self) -> tuple[str, ...]:
+        """The classes that have text alone."""
+        with_clips = set(self.support.labels[0].tolist())
+        return tuple(label for number, label in enumerate(self.labels) if number not in with_clips)
 
 
 # Example clips
 
 
-def read_classes(support: Any, video_column: str, label_column: str) -> dict[str, dict[str, Any]]:
-    """For each label its videos, by the names that errors call them."""
+def read_classes(
+    support: Any, video_column: str, label_column: str, with_text: bool = False
+) -> dict[str, dict[str, Any]]:
+    """For each label its videos, by the names that errors call them; there may be none of a label `with_text`."""
     import datasets  # takes longer to import than all of dmgal_hf
 
     if isinstance(support, datasets.DatasetDict):
@@ -83,7 +97,12 @@ def read_classes(support: Any, video_column: str, label_column: str) -> dict[str
     for label in support:
         if not isinstance(label, str):
             raise ValueError(f"the label {label!r} is a {type(label).__name__}: labels are strings")
-    return {label: _list_videos(examples, f"support[{label!r}]") for label, examples in support.items()}
+    return {
+        label: {}
+        if with_text and (examples is None or (isinstance(examples, (list, tuple)) and not examples))
+        else _list_videos(examples, f"support[{label!r}]")
+        for label, examples in support.items()
+    }
 
 
 def _group_rows(dataset: "datasets.Dataset", video_column: str, label_column: str) -> dict[str, list[Any]]:
@@ -146,9 +165,9 @@ def warn_of_repeats(classes: Mapping[str, Mapping[str, Any]], digests: Mapping[s
                 )
 
 
-def numbered(support: DmgalSupport, numbers: list[int]) -> DmgalSupport:
-    labels = torch.tensor([numbers], device=support.labels.device)
-    return replace(support, labels=labels, way=max(numbers) + 1)
+def numbered(support: DmgalSupport, numbers: list[int], way: int) -> DmgalSupport:
+    labels = torch.tensor([numbers], dtype=torch.int64, device=support.labels.device)
+    return replace(support, labels=labels, way=way)
 
 
 def check_same_size(first: DmgalSupport, other: DmgalSupport):
@@ -207,10 +226,27 @@ def model_id(model: PreTrainedModel) -> str | None:
 
 
 def kept_model_id(model: PreTrainedModel) -> str | None:
-    """[`model_id`] if that checkpoint alone gives the model, None if adapters were put into it afterwards."""
+    """[`model_id`] if that checkpoint alone gives the model, None if it never was one or got adapters afterwards."""
     # peft calls the model in itself by the name of the checkpoint; transformers' own load_adapter() marks the model.
     changed = isinstance(model, PeftModel) or getattr(model.backbone, "_hf_peft_config_loaded", False)
-    return None if changed else model_id(model)
+    built_here = _is_of_backbone(model) and (model.config.paradigm != "adapter" or has_adapters(model.backbone))
+    return None if changed or built_here else model_id(model)
+
+
+def fields_of_untrained(model: PreTrainedModel) -> dict[str, Any] | None:
+    """
+    What `DmgalModel.untrained` needs beside the backbone to give this model again; `None` for one of a checkpoint.
+    """
+    if not _is_of_backbone(model) or kept_model_id(model) is None:
+        return None
+    names = set(DmgalConfig.__annotations__) & set(DmgalConfig.__dataclass_fields__)
+    left_out = {"backbone_config", "adapter_config", "format_version", "text_model"}
+    return {name: getattr(model.config, name) for name in sorted(names - left_out)}
+
+
+def _is_of_backbone(model: PreTrainedModel) -> bool:
+    """Whether it is named after its backbone, as by from_backbone(), and not after a checkpoint of its own."""
+    return bool(model.name_or_path) and model.name_or_path == model.backbone.name_or_path
 
 
 def model_revision(model: PreTrainedModel) -> str | None:
@@ -227,6 +263,8 @@ def fingerprint(model: PreTrainedModel, processor: DmgalVideoProcessor) -> str:
     """SHA-256 of all that the features of a clip depend on: weights, fields of the config and of the processor."""
     fields = {name: getattr(model.config, name) for name in DmgalConfig.__annotations__.keys() - _NOT_IN_FINGERPRINT}
     settings = {name: getattr(processor, name) for name in DmgalVideoProcessorKwargs.__annotations__}
+    if getattr(model, "text_head", None) is not None:
+        fields["text_templates"] = model.config.text_templates  # classes that are added have theirs from the same
     digest = hashlib.sha256(json.dumps([fields, settings], sort_keys=True, default=str).encode())
     weights = {name.removeprefix("base_model.model."): weight for name, weight in model.state_dict().items()}
     for name, weight in sorted(weights.items()):
@@ -235,13 +273,17 @@ def fingerprint(model: PreTrainedModel, processor: DmgalVideoProcessor) -> str:
     return digest.hexdigest()
 
 
-def write_support(folder: str | os.PathLike, support: DmgalSupport, about: dict[str, Any]):
+def write_support(
+    folder: str | os.PathLike, support: DmgalSupport, about: dict[str, Any], text_embeds: torch.Tensor | None = None
+):
     """
-    Both files of a kept support set, which replace those of before once they are whole. The second names the first by
-    its hash, so they cannot be mixed up.
+    Both files of a kept support set, with the prototypes (N, E) by text if there are any. They replace those of before
+    once they are whole. The second names the first by its hash, so they cannot be mixed up.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if text_embeds is not None:
+        support = replace(support, states=support.states | {TEXT_PROTOTYPES: text_embeds[None]})
     with tempfile.TemporaryDirectory(dir=folder, prefix=".aside") as aside:
         tensors, fields = Path(aside, SUPPORT_FILE), Path(aside, ABOUT_FILE)
         support.save(tensors)
@@ -251,8 +293,11 @@ def write_support(folder: str | os.PathLike, support: DmgalSupport, about: dict[
         os.replace(fields, folder / ABOUT_FILE)
 
 
-def read_support(about: dict[str, Any], path: Path) -> DmgalSupport:
-    """The tensors that `about` describes. Raises `ValueError` if they are damaged, or those of another support set."""
+def read_support(about: dict[str, Any], path: Path) -> tuple[DmgalSupport, torch.Tensor | None]:
+    """
+    The tensors that `about` describes, and the prototypes (N, E) by text where it has them. Raises `ValueError` if
+    they are damaged, or those of another support set.
+    """
     try:
         support = DmgalSupport.load(path)
     except (SafetensorError, ValueError) as error:
@@ -264,13 +309,15 @@ def read_support(about: dict[str, Any], path: Path) -> DmgalSupport:
             f"{path} and the {ABOUT_FILE} beside it are not of one support set: copy both files of a folder that "
             "save() wrote, or fit again from the clips"
         )
-    return support
+    text_embeds = support.states.pop(TEXT_PROTOTYPES, None)
+    return support, None if text_embeds is None else text_embeds[0]
 
 
-def check_kept_support(support: DmgalSupport, one: DmgalSupport, path: Path):
+def check_kept_support(support: DmgalSupport, one: DmgalSupport, path: Path, text_embeds: torch.Tensor | None = None):
     """
     Raises `ValueError` unless `support`, read from `path`, is what the model makes of clips. `one` is what it makes of
-    a single clip: as `support`, but for the number of clips and of the patches of each.
+    a single clip: as `support`, but for the number of clips and of the patches of each. With `text_embeds`, prototypes
+    (N, E), classes may have no clip.
     """
 
     def refuse(name: str, problem: str):
@@ -278,12 +325,18 @@ def check_kept_support(support: DmgalSupport, one: DmgalSupport, path: Path):
 
     if support.states.keys() != one.states.keys():
         refuse("states", f"{sorted(support.states)} in place of {sorted(one.states)}")
+    empty = text_embeds is not None and not support.labels.numel()
     clips = max(1, support.labels.numel())
     pairs = {"features": (support.features, one.features, 1), "labels": (support.labels, one.labels, 1)}
     pairs |= {name: (state, one.states[name], -2) for name, state in support.states.items() if name != "num_support"}
     for name, (found, like, axis) in pairs.items():
         shapes = [list(tensor.shape) for tensor in (found, like)]
-        if found.dtype != like.dtype or found.ndim != like.ndim or 0 in found.shape or found.shape[axis] % clips:
+        if (
+            found.dtype != like.dtype
+            or found.ndim != like.ndim
+            or (0 in found.shape and not empty)
+            or found.shape[axis] % clips
+        ):
             refuse(
                 name, f"{found.dtype} of shape {shapes[0]}, where the model gives {like.dtype} of {shapes[1]} a clip"
             )
@@ -293,7 +346,14 @@ def check_kept_support(support: DmgalSupport, one: DmgalSupport, path: Path):
             refuse(name, f"a shape of {list(found.shape)}, where the model gives {list(like.shape)} a clip")
         if not found.isfinite().all():
             refuse(name, "NaN or infinity")
-    if sorted(set(support.labels[0].tolist())) != list(range(support.way)):
+    if text_embeds is not None:
+        like = (support.way, one.states["text.videos"].shape[-1]) if "text.videos" in one.states else None
+        if tuple(text_embeds.shape) != like or not text_embeds.isfinite().all():
+            refuse(TEXT_PROTOTYPES, f"{list(text_embeds.shape)} in place of {like}, or NaN or infinity")
+    with_clips = sorted(set(support.labels[0].tolist()))
+    if with_clips != list(range(support.way)) and (
+        text_embeds is None or not set(with_clips) <= set(range(support.way))
+    ):
         refuse("labels", f"not the numbers 0 to {support.way - 1}")
     if support.states.get("num_support", torch.tensor([clips])).tolist() != [clips]:
         refuse("num_support", f"not {clips}")
@@ -331,6 +391,12 @@ def find_support(
         problem = f"no {name!r}" if name not in fields else f"{name!r} is {fields[name]!r}"
         if name not in fields or not isinstance(fields[name], kind):
             raise ValueError(f"{about} is damaged ({problem}): fit again from the clips, and save")
+    try:
+        check_text_weight(fields.setdefault("text_weight", 0.0))
+        if not isinstance(fields.setdefault("model_fields", None), dict | None):
+            raise ValueError(f"'model_fields' is {fields['model_fields']!r}")
+    except ValueError as error:
+        raise ValueError(f"{about} is damaged ({error}): fit again from the clips, and save") from error
     labels, digests = fields["labels"], fields["clip_digests"]
     if len(labels) < 2 or len(set(map(str, labels))) < len(labels) or not all(isinstance(one, str) for one in labels):
         raise ValueError(f"{about} is damaged ('labels' are no two names or more): fit again from the clips, and save")
@@ -340,7 +406,11 @@ def find_support(
 
 
 def support_card(repo_id: str, base_model: str | None, shots: Mapping[str, int]) -> str:
-    """Model card of a pushed support set. `base_model`: the model's id on the Hub; `shots`: example clips a class."""
+    """
+    Model card of a pushed support set. `base_model`: the model's id on the Hub, without which the call asks for it;
+    `shots`: example clips a class.
+    """
+    model = "" if base_model else ', model="FOLDER_OR_ID"'
     lines = ["---", "library_name: dmgal-hf", "pipeline_tag: video-classification", "tags:", "- few-shot-learning"]
     lines += [f"base_model: {base_model}"] if base_model else []
     lines += ["---", "", "# A few-shot video classifier", "", "| class | example clips |", "|---|---|"]
@@ -350,11 +420,14 @@ def support_card(repo_id: str, base_model: str | None, shots: Mapping[str, int])
         "```python",
         "from dmgal_hf import FewShotVideoClassificationPipeline",
         "",
-        f'clf = FewShotVideoClassificationPipeline.from_pretrained("{repo_id}")',
+        f'clf = FewShotVideoClassificationPipeline.from_pretrained("{repo_id}"{model})',
         'clf("query.mp4")',
         "```",
         "",
     ]
+    lines += (
+        [] if base_model else ["The model is not on the Hub: give the folder or id of the one it was made with.", ""]
+    )
     return "\n".join(lines)
 
 

@@ -117,6 +117,8 @@ def class_logits(
     Returns:
         `torch.FloatTensor` of shape `(B, Q, way)`.
     """
+    if not support.shape[1]:
+        return query.new_full((*query.shape[:2], way), -math.inf, dtype=torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         query, support = query.float(), support.float()
         weights = F.one_hot(support_labels, way).to(query.dtype)

@@ -1,5 +1,6 @@
 """Image backbones from transformers: built, loaded, and adapted with peft while they themselves stay frozen."""
 
+import copy
 import inspect
 import os
 from typing import Any
@@ -24,15 +25,22 @@ def _backbone_class(backbone_config: PreTrainedConfig, with_head: bool = False) 
     The model class and the arguments that leave out a pooling head: its weights would never get a gradient.
     `with_head` keeps that of SigLIP, by which pictures are compared with texts.
     """
-    if type(backbone_config) not in MODEL_MAPPING and backbone_config.model_type not in _UNLISTED:
-        raise ValueError(f"transformers has no model for a backbone_config of type {backbone_config.model_type!r}.")
-    model_class = _UNLISTED.get(backbone_config.model_type) or MODEL_MAPPING[type(backbone_config)]
-    if model_class.main_input_name != "pixel_values":
-        raise ValueError(f"backbone_config is of type {backbone_config.model_type!r}, no model of pictures.")
+    model_class = check_backbone_config(backbone_config)
     if hasattr(backbone_config, "vision_use_head"):
         backbone_config.vision_use_head = with_head
     has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return model_class, {"add_pooling_layer": False} if has_pooler else {}
+
+
+def check_backbone_config(backbone_config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The model class. Raises `ValueError` unless it is one of pictures."""
+    model_type = backbone_config.model_type
+    if type(backbone_config) not in MODEL_MAPPING and model_type not in _UNLISTED:
+        raise ValueError(f"transformers has no model for a backbone_config of type {model_type!r}.")
+    model_class = _UNLISTED.get(model_type) or MODEL_MAPPING[type(backbone_config)]
+    if model_class.main_input_name != "pixel_values":
+        raise ValueError(f"backbone_config is of type {model_type!r}, no model of pictures.")
+    return model_class
 
 
 def build_backbone(backbone_config: PreTrainedConfig, with_head: bool = False) -> PreTrainedModel:
@@ -58,6 +66,15 @@ def load_towers(name_or_path: str | os.PathLike) -> PreTrainedModel:
 def vision_tower(model: PreTrainedModel) -> PreTrainedModel:
     """That of the pictures of a model of several towers; any other model itself."""
     return model.vision_model if hasattr(model.config, "vision_config") and hasattr(model, "vision_model") else model
+
+
+def without_pooler(backbone: PreTrainedModel) -> PreTrainedModel:
+    """The same backbone, its weights shared, without a pooling layer that may have random weights and is not read."""
+    if getattr(backbone, "pooler", None) is None or not list(backbone.pooler.parameters()):
+        return backbone
+    twin = copy.copy(backbone)
+    twin._modules = {**backbone._modules, "pooler": None}  # the one that was given keeps its own
+    return twin
 
 
 def freeze_unread(backbone: PreTrainedModel):

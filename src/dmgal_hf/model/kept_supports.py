@@ -74,8 +74,10 @@ class DmgalSupport:
 
     def select(self, videos: list[int]) -> "DmgalSupport":
         """The supports with these numbers, in this order; classes keep their numbers."""
-        index = torch.tensor(videos, device=self.features.device)
+        index = torch.tensor(videos, dtype=torch.int64, device=self.features.device)
         num_support = self.features.shape[1]
+        if not num_support:
+            return self  # classes of text alone
         states = {
             name: state.unflatten(-2, (num_support, -1)).index_select(-3, index).flatten(-3, -2)
             for name, state in self.states.items()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -18,12 +18,14 @@ from .alignment import class_logits
 from .backbones import (
     add_adapters,
     build_backbone,
+    check_backbone_config,
     freeze_unread,
     has_adapters,
     load_backbone,
     load_towers,
     train_adapters,
     vision_tower,
+    without_pooler,
 )
 from .class_texts import (
     TEXT_FOLDER,
@@ -32,6 +34,7 @@ from .class_texts import (
     class_texts,
     combined_logits,
     embed_classes,
+    has_text_tower,
     load_text_tower,
 )
 from .configuration_dmgal import DmgalConfig
@@ -267,6 +270,9 @@ class DmgalModel(DmgalPreTrainedModel):
         if not isinstance(backbone, PreTrainedModel):
             backbone = load_towers(backbone) if kwargs.get("text_guidance") else load_backbone(backbone)
         towers, backbone = backbone, vision_tower(backbone)
+        check_backbone_config(backbone.config)
+        if towers is not backbone:
+            backbone.name_or_path = backbone.config._name_or_path = towers.name_or_path
         if kwargs.get("text_guidance"):
             kwargs["text_model"] = kwargs.get("text_model") or _absolute(towers.name_or_path)
             if towers is backbone:
@@ -288,6 +294,36 @@ class DmgalModel(DmgalPreTrainedModel):
                 part.to(backbone.dtype)
         model.name_or_path = towers.name_or_path  # what peft notes as the base model of an adapter
         return model
+
+    @classmethod
+    def untrained(cls, backbone: str | os.PathLike | PreTrainedModel, **kwargs) -> "DmgalModel":
+        """
+        A frozen public backbone with prototype matching, ready to use: the class token where there is one, else the
+        mean over the patches, and names of classes as text where there is a text tower. It warns that nothing in it
+        was trained for videos.
+
+        Args:
+            backbone (`str`, `os.PathLike` or `PreTrainedModel`): as in [`from_backbone`].
+            kwargs: fields of [`DmgalConfig`], in place of those that are chosen here.
+
+        Returns:
+            [`DmgalModel`] in eval mode.
+        """
+        is_object = isinstance(backbone, PreTrainedModel)
+        config = backbone.config if is_object else AutoConfig.from_pretrained(backbone)
+        name = (backbone.name_or_path or type(backbone).__name__) if is_object else os.fspath(backbone)
+        vision = getattr(config, "vision_config", config)
+        # The text tower of an object is read again by its name.
+        with_text = vision is not config and has_text_tower(vision) and bool(not is_object or backbone.name_or_path)
+        chosen = {"paradigm": "adapter", "text_guidance": with_text}
+        chosen["frame_pooling"] = "cls" if CLASS_TOKENS.get(vision.model_type) else "mean"
+        model = cls.from_backbone(without_pooler(backbone) if is_object else backbone, **{**chosen, **kwargs})
+        warnings.warn(
+            f"{name} is a backbone of pictures that nothing here has trained: its frames are matched as they are, and "
+            "it sees no motion.",
+            stacklevel=2,
+        )
+        return model.eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, with_text_tower: bool = False, **kwargs):
         """

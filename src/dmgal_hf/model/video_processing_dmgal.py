@@ -514,6 +514,9 @@ def _to_uint8(pixels: torch.Tensor, name: str) -> torch.Tensor:
 def _fields_of_image_processor(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of an image model's processor that mean the same here."""
     shared = {name: fields[name] for name in DmgalVideoProcessorKwargs.__annotations__ if fields.get(name) is not None}
+    if "max_num_patches" in fields:  # SigLIP2 of any resolution: the largest square
+        side = math.isqrt(fields["max_num_patches"]) * fields["patch_size"]
+        return {**shared, "size": {"height": side, "width": side}, "do_center_crop": False}
     if shared.get("do_center_crop") or "size" not in shared:
         return shared
     size = shared["size"]

@@ -160,7 +160,7 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
     if isinstance(AutoConfig.from_pretrained(arguments.model), DmgalConfig):
         model = DmgalModel.from_pretrained(arguments.model)
     else:
-        model = DmgalModel.from_backbone(arguments.model, paradigm="adapter").eval()
+        model = DmgalModel.untrained(arguments.model, text_guidance=False)
     model.to(accelerator.device)
     if arguments.episodes is not None:
         lists = [({"episodes": arguments.episodes}, load_episodes(arguments.episodes, labels))]
