@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import av
 import torch
-from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from ..model.modeling_dmgal import DmgalModel, DmgalSupport
-from ..model.video_decoding import VideoDecodeError, _orientation, _oriented, _to_rgb, check_whole
+from ..model.reading_limits import VideoDecodeError, one_error
+from ..model.video_decoding import _orientation, _oriented, _to_rgb, decode_packet
+from ..model.video_files import URL, check_whole, ffmpeg_errors, open_video
 
 FRAMES_TOGETHER = 16  # in one pass through the backbone: more cost memory and are not faster
-URL = r"(https?|rtsps?|rtmps?|rtp|udp|tcp|srt)://"
 
 
 class StreamedLabel(NamedTuple):
@@ -239,40 +239,44 @@ def decode_in_order(video: Any, format: str | None) -> Iterator[tuple[Fraction, 
     """
     live = is_live(video, format)
     source, media, format = _stream_source(video, format)
-    truncated = None if live else _truncation(source, media)
-    try:
-        with av.open(media, format=format, metadata_errors="replace") as container:
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams or container.format.name == "tty":  # FFmpeg draws text files
-                raise VideoDecodeError(source, f"no video stream ({container.format.name})")
-            usual = 1 / (streams[0].average_rate or Fraction(25))
-            reformatter = VideoReformatter()
-            first = time = picture = None
-            for frame in _decoded(container, streams[0], source, live):
-                stamp = None if frame.pts is None else frame.pts * frame.time_base
-                if picture is not None:
-                    # Some old files have time stamps that run back, or none.
-                    time = max(stamp - first, time) if stamp is not None and stamp - first > time else time + usual
-                    yield time, picture
-                else:
-                    first, time = stamp or Fraction(0), Fraction(0)
-                picture = Picture(source, frame, reformatter)
+    with one_error(source):
+        truncated = None if live else _truncation(source, media)
+        try:
+            with open_video(source, media, format) as (container, stream):
+                usual = 1 / (stream.average_rate or Fraction(25))
+                reformatter = VideoReformatter()
+                first = time = picture = None
+                for frame in _decoded(container, stream, source, live):
+                    stamp = None if frame.pts is None else frame.pts * frame.time_base
+                    if picture is not None:
+                        # Some old files have time stamps that run back, or none.
+                        later = stamp is not None and stamp - first > time
+                        time = stamp - first if later else time + usual
+                        yield time, picture
+                    else:
+                        first, time = stamp or Fraction(0), Fraction(0)
+                    picture = Picture(source, frame, reformatter)
+                if truncated is not None:
+                    raise truncated
+                if picture is None:
+                    raise VideoDecodeError(source, "none of its packets decodes to a frame")
+                yield time + usual, picture
+        except (av.FFmpegError, VideoDecodeError, OSError) as error:
             if truncated is not None:
-                raise truncated
-            if picture is None:
-                raise VideoDecodeError(source, "none of its packets decodes to a frame")
-            yield time + usual, picture
-    except (av.FFmpegError, OSError) as error:
-        remedy = ("Check that it is there, and free.",) if live else ()
-        raise truncated or VideoDecodeError(source, f"not a readable video ({error.strerror})", *remedy) from error
+                raise truncated from error
+            if not live:
+                raise
+            problem = error.problem if isinstance(error, VideoDecodeError) else f"cannot be read ({error.strerror})"
+            raise VideoDecodeError(source, problem, "Check that it is there, and free.") from error
 
 
 def _decoded(container: Any, stream: av.VideoStream, source: str, live: bool) -> Iterator[av.VideoFrame]:
     for packet in container.demux(stream):
-        frames = packet.decode()
-        if not live and (packet.is_corrupt or any(frame.is_corrupt for frame in frames)):
+        with ffmpeg_errors() as errors:
+            frames, said = decode_packet(stream.codec_context, packet, errors)
+        if not live and (said is not None or packet.is_corrupt or any(frame.is_corrupt for frame in frames)):
             place = "" if packet.pts is None else f" near {float(packet.pts * packet.time_base):.2f} s"
-            raise VideoDecodeError(source, f"damaged{place}: a part of it does not decode")
+            raise VideoDecodeError(source, f"damaged{place}: {said or 'a part of it does not decode'}")
         yield from frames
 
 

@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -90,10 +90,10 @@ class FrameFiles:
 
 
 class ZippedFrames(FrameFiles):
-    """A clip kept as one image file a frame, in a zip archive of its own: `media` is its path or its bytes."""
+    """A clip kept as one image file a frame, in a zip archive of its own: `media` is its path, bytes or file."""
 
-    def __init__(self, source: str, media: str | bytes):
-        self.open = functools.partial(zipfile.ZipFile, media if isinstance(media, str) else io.BytesIO(media))
+    def __init__(self, source: str, media: str | bytes | BinaryIO):
+        self.open = functools.partial(zipfile.ZipFile, io.BytesIO(media) if isinstance(media, bytes) else media)
         with self.open() as archive:
             super().__init__(source, media, frame_names(source, archive.namelist()))
 

@@ -2,8 +2,9 @@
 
 import os
 import re
+from collections.abc import Iterator
 
-from .reading_limits import LIMITS, VideoDecodeError
+from .reading_limits import VideoDecodeError
 
 
 def is_elsewhere(path: str) -> bool:
@@ -12,21 +13,12 @@ def is_elsewhere(path: str) -> bool:
     return bool(named or "::" in path) and not os.path.lexists(path)
 
 
-def fetch(path: str) -> bytes:
-    """
-    The file, whole. Raises VideoDecodeError where it cannot be had, or is larger than `LIMITS.downloaded_bytes`.
-    """
+def fetch(path: str) -> Iterator[bytes]:
+    """The bytes of the file, part by part. Raises VideoDecodeError where they cannot be had."""
     import fsspec
 
     try:
         with fsspec.open(path, "rb") as file:
-            parts, size = [], 0
-            while part := file.read(2**20):
-                parts.append(part)
-                size += len(part)
-                LIMITS.check(path, "downloaded_bytes", size)
-            return b"".join(parts)
-    except VideoDecodeError:
-        raise
+            yield from iter(lambda: file.read(2**20), b"")
     except Exception as error:  # each file system has its own, and some have to be installed
         raise VideoDecodeError(path, f"cannot be fetched ({error})", "Check the path and the access to it.") from error
