@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from transformers import AutoModel, AutoProcessor
+from transformers import pipeline
 
 from dmgal_hf.data.benchmarks import list_class_clips
+from dmgal_hf.inference.pipeline import TASK
 from dmgal_hf.inference.visualization import (
     plot_cross_attention,
     plot_episode,
@@ -41,8 +42,8 @@ class VisualizeArguments:
 
 def main(arguments: VisualizeArguments):
     examples = list_class_clips(arguments.support)
-    model = AutoModel.from_pretrained(arguments.model).to(arguments.device)
-    processor = AutoProcessor.from_pretrained(arguments.model)
+    classifier = pipeline(TASK, model=arguments.model, device=arguments.device)
+    model, processor = classifier.model, classifier.image_processor
     episode = processor(support=examples, query=arguments.query)
     query = episode["query_pixel_values"][0, 0]
     frame = (len(query) - 1) // 2 if arguments.frame is None else arguments.frame

@@ -401,3 +401,25 @@ def test_predict_from_the_command_line(clip, classes, videos, tmp_path):
         (answer,) = json.loads((tmp_path / "answers.json").read_text())["answers"]
         expected = pipeline(TASK, model=clip, device="cpu").fit(classes, text_weight=weight)(videos[7])
         assert by_label(answer["predictions"]) == pytest.approx(by_label(expected), abs=1e-4)
+
+
+def test_pictures_and_the_page_of_an_untrained_backbone(clip, classes, videos, tmp_path):
+    """The scores on the sheet are those of the answer, with text."""
+    from dmgal_hf.inference.demo import classify
+
+    classifier = pipeline(TASK, model=clip, device="cpu")
+    scores, sheet, fitted = classify(classifier, videos[7], False, None, list(classes), list(classes.values()))
+    assert scores == pytest.approx(by_label(fitted[1](videos[7])), abs=1e-6)
+    (axes,) = [axes for axes in sheet.axes if axes.get_label() == "scores"]
+    shown = dict(zip(classes, [bar.get_width() for bar in axes.patches]))
+    assert shown == pytest.approx(scores, abs=1e-5)
+    for label, clips in classes.items():
+        (tmp_path / "support" / label).mkdir(parents=True)
+        shutil.copy(clips[0], tmp_path / "support" / label)
+    visualize = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "visualize.py"))
+    visualize["main"](
+        visualize["VisualizeArguments"](
+            model=clip, support=str(tmp_path / "support"), query=videos[7], output=str(tmp_path / "out")
+        )
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["episode.png"]

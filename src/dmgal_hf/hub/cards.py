@@ -142,10 +142,22 @@ def _describe_model(config: dict[str, Any], is_adapter: bool, num_frames: int | 
         "backbone_type": config.get("backbone_config", {}).get("model_type"),
         "parts": [name for field, name in PARTS.items() if config.get(field, True)],
         "matching": MATCHINGS[config.get("alignment", _DEFAULT["alignment"])],
+        "text": _describe_text(config) if config.get("text_guidance") and not is_adapter else None,
         "num_frames": config.get("num_frames") or num_frames or _DEFAULT["num_frames"],
         "model_fields": {
             name: config[name] for name in MODEL_FIELDS if config.get(name, _DEFAULT[name]) != _DEFAULT[name]
         },
+    }
+
+
+def _describe_text(config: dict[str, Any]) -> dict[str, Any]:
+    """How names of classes take part as text."""
+    name = config.get("text_model")
+    own = "the text tower in this repository" if name is None else "a text tower in a local folder"
+    return {
+        "tower": f"the text tower of {name}" if repository_name(name) else own,
+        "weight": config.get("text_weight", DmgalConfig.text_weight),
+        "templates": config.get("text_templates", list(DmgalConfig.text_templates)),
     }
 
 

@@ -11,6 +11,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..model.class_texts import TEXT_FOLDER
 from ..model.configuration_dmgal import DmgalConfig
 from ..model.modeling_dmgal import DmgalModel
 from ..model.video_processing_dmgal import DmgalVideoProcessor
@@ -73,6 +74,7 @@ def collect_files(
         )
     if "config.json" in files:
         _check_config(folder)
+        files |= {f"{TEXT_FOLDER}/{path.name}": path for path in _text_tower(folder)}
     has_source = "config.json" in files and not adapter_only
     files |= {name: _public_json(files[name], has_source) for name in PUBLISHED_JSON if name in files}
     if has_source:
@@ -132,6 +134,21 @@ def create_repo(api: HfApi, repo_id: str, repo_type: str, private: bool) -> str:
     if private and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or push without private")
     return repo_id
+
+
+def _text_tower(folder: Path) -> list[Path]:
+    """Its files, where the checkpoint brings it. Raises `ValueError` where it has no name that others could load."""
+    config = read_mapping(folder / "config.json")
+    name = config.get("text_model")
+    if not config.get("text_guidance"):
+        return []
+    if name is not None and repository_name(name) is None:
+        raise ValueError(
+            f"the text tower of {folder} lies in {name}, where nobody else finds it: save the model with "
+            "save_pretrained(..., with_text_tower=True), or set text_model in config.json to an id on the Hub"
+        )
+    kept = (".safetensors", ".json", ".txt", ".model")
+    return [] if name else [path for path in sorted((folder / TEXT_FOLDER).iterdir()) if path.suffix in kept]
 
 
 def _check_config(folder: Path):

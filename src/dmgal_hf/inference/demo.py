@@ -48,7 +48,8 @@ def build_demo(
         max_seconds (`float`): longer clips are refused.
 
     Raises:
-        ValueError: it is no DMGAL checkpoint, or has no processor. `OSError` where there is nothing to load.
+        ValueError: it is neither a DMGAL checkpoint nor an image backbone, or has no processor. `OSError` where there
+            is nothing to load.
     """
     classifier = pipeline(TASK, model=os.fspath(model) if isinstance(model, os.PathLike) else model, device=device)
     folder = tempfile.TemporaryDirectory(prefix="dmgal_examples_")
@@ -156,7 +157,8 @@ def classify(
         scores = {entry["label"]: entry["score"] for entry in own(query)}
         episode = own.image_processor(support=support, query=query)
         sheet = plot_episode(own.model, own.image_processor, episode, temperature=own.temperature,
-                             kept_support=own.support)  # fmt: skip
+                             kept_support=own.support, text_embeds=own.text_embeds,
+                             text_weight=own.text_weight)  # fmt: skip
     except VideoDecodeError as error:
         raise unreadable(error) from error
     except ValueError as error:

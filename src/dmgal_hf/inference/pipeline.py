@@ -192,6 +192,11 @@ class FewShotVideoClassificationPipeline(Pipeline):
         return self._current.support
 
     @property
+    def text_embeds(self) -> torch.Tensor | None:
+        """The prototypes by text, (N, E), `None` where text is left out. Raises `ValueError` before [`fit`]."""
+        return self._current.text_embeds
+
+    @property
     def unknown(self) -> float | None:
         """The distance beyond which a video is of no class (see [`fit`]); may be set."""
         return self._current.unknown

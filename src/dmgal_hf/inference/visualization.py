@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..model.alignment import cosine_distance
+from ..model.class_texts import combined_logits
 from ..model.modeling_dmgal import DmgalModel, DmgalOutput, DmgalSupport
 from ..model.motion_attention import SelfMotionAttention, sinusoidal_position_code
 from ..model.video_processing_dmgal import DmgalVideoProcessor
@@ -196,6 +197,8 @@ def plot_episode(
     label_names: Sequence[Any] | None = None,
     temperature: float | None = None,
     kept_support: DmgalSupport | None = None,
+    text_embeds: torch.Tensor | None = None,
+    text_weight: float | None = None,
 ) -> Figure:
     """
     An episode sheet: the query and the supports as strips of frames, the scores of the classes, and how the frames of
@@ -215,6 +218,9 @@ def plot_episode(
             Scores are softmax(logits / temperature); by default `config.score_temperature` of the model.
         kept_support ([`DmgalSupport`], *optional*):
             The supports of the episode as [`DmgalModel.encode_support`] gave them, so that only the query is encoded.
+        text_embeds (`torch.FloatTensor` of shape `(N, E)`, *optional*):
+            Prototypes by text, from [`DmgalModel.embed_class_names`]: the scores are those of clips and of texts.
+        text_weight (`float`, *optional*): of the texts; by default `config.text_weight` of the model.
 
     Returns:
         `Figure`: with axes labelled "query", "support s", "scores" (N bars) and "distances" (an image of shape
@@ -238,7 +244,12 @@ def plot_episode(
         else:
             query_pixel_values = query_video[None, None].to(model.device, model.dtype)
             output = model(query_pixel_values=query_pixel_values, support=kept_support, return_dict=True)
-    logits = output.logits[0, 0].float().cpu()
+    logits = output.logits[0, 0].float()
+    if text_embeds is not None:
+        text_weight = model.config.text_weight if text_weight is None else text_weight
+        by_text = model.text_logits(output.query_embeds[0], text_embeds)[0].detach().log_softmax(-1)
+        logits = combined_logits(logits, by_text, temperature, text_weight)
+    logits = logits.cpu()
     best = int(logits.argmax())
     features = output.query_features.float(), output.support_features[:, labels == best].float()
     distance = cosine_distance(*features, model.config.cosine_epsilon)[0, 0].cpu()  # (K, T, T)
