@@ -17,6 +17,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from dmgal_hf.model.video_decoding import VideoDecodeError, probe_video, read_frames
@@ -65,7 +66,10 @@ VIDEOS = {  # name of the file -> encoder, pixel format and more
     "apng.apng": ("apng", "rgb24", {}),
     "gif.gif": ("gif", "rgb8", {}),
 }
-PICTURES = ("frames.zip", "folder.jpg", "folder.png", "archive.zip", "video.zip")
+PICTURES = ("frames.zip", "bzip2_frames.zip", "lzma_frames.zip", "folder.jpg", "folder.png", "archive.zip",
+            "stored_archive.zip", "video.zip", "cache.arrow")  # fmt: skip
+METHODS = {"bzip2_frames.zip": zipfile.ZIP_BZIP2, "lzma_frames.zip": zipfile.ZIP_LZMA,
+           "stored_archive.zip": zipfile.ZIP_STORED}  # fmt: skip
 
 
 def picture(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
@@ -103,10 +107,18 @@ def write_seed(folder: Path, name: str) -> Path:
     path = folder / name
     if name in VIDEOS:
         write_video(path)
+    elif name == "cache.arrow":
+        path = folder / "prepared" / "shards" / name
+        path.parent.mkdir(parents=True)
+        (folder / "prepared" / "settings.json").write_text("{}")
+        frames = [{"bytes": encoded(number, "PPM"), "path": None} for number in range(FRAMES)]
+        batch = pa.RecordBatch.from_pylist([{"path": "a.mp4", "frames": frames}] * 2)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
+            writer.write_batch(batch)
     elif name.startswith("folder"):
         path.write_bytes(encoded(5, "PNG" if name.endswith("png") else "JPEG"))
     else:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        with zipfile.ZipFile(path, "w", METHODS.get(name, zipfile.ZIP_DEFLATED)) as packed:
             if name == "video.zip":
                 write_video(folder / "mpeg4.mp4")
                 packed.write(folder / "mpeg4.mp4", "a/b.mp4")
@@ -117,6 +129,8 @@ def write_seed(folder: Path, name: str) -> Path:
 
 def video_of(path: Path) -> str:
     """What read_frames is given for a file of this kind."""
+    if path.name == "cache.arrow":
+        return f"{path}#1"
     if path.name.endswith("archive.zip"):
         return f"{path}#/a"
     if path.name.endswith("video.zip"):

@@ -6,9 +6,11 @@ import zipfile
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dmgal_hf import DmgalVideoProcessor
+from dmgal_hf.inference.streaming import decode_in_order
 from dmgal_hf.model.reading_limits import VideoDecodeError
 from dmgal_hf.model.video_decoding import probe_video, read_frames
 
@@ -37,7 +39,7 @@ def test_single_pictures_are_refused(tmp_path, kind):
     disguised = tmp_path / "a.mp4"
     disguised.write_bytes(encoded(kind))
     for video in (path, disguised, path.read_bytes(), {"path": str(path), "bytes": None}):
-        for read in (read_frames, probe_video, DmgalVideoProcessor()):
+        for read in (read_frames, probe_video, DmgalVideoProcessor(), lambda v: list(decode_in_order(v, None))):
             with pytest.raises(VideoDecodeError, match=rf"a single picture \({kind}\), no video.*\[picture\]"):
                 read(video)
 
@@ -52,6 +54,8 @@ def test_video_of_a_motion_photo(tmp_path):
         path = tmp_path / "photo.jpg"
         path.write_bytes(still + b"MotionPhoto_Data" + clip)
         assert read_frames(path).equal(read_frames(clip)) and probe_video(path) == probe_video(clip)
+        streamed = [picture.clip()[0] for _, picture in decode_in_order(path, None)]
+        assert torch.stack(streamed).equal(read_frames(clip, 3))
     path.write_bytes(several.getvalue())
     with pytest.raises(VideoDecodeError, match="a single picture"):
         read_frames(path)

@@ -18,6 +18,7 @@ from av.video.reformatter import VideoReformatter
 
 from ..model.modeling_dmgal import DmgalModel, DmgalSupport
 from ..model.reading_limits import VideoDecodeError, one_error
+from ..model.still_pictures import video_behind_picture
 from ..model.video_decoding import _orientation, _oriented, _to_rgb, decode_packet
 from ..model.video_files import URL, check_whole, ffmpeg_errors, open_video
 
@@ -240,7 +241,7 @@ def decode_in_order(video: Any, format: str | None) -> Iterator[tuple[Fraction, 
     live = is_live(video, format)
     source, media, format = _stream_source(video, format)
     with one_error(source):
-        truncated = None if live else _truncation(source, media)
+        truncated, media = (None, media) if live else _looked_at(source, media)
         try:
             with open_video(source, media, format) as (container, stream):
                 usual = 1 / (stream.average_rate or Fraction(25))
@@ -280,20 +281,25 @@ def _decoded(container: Any, stream: av.VideoStream, source: str, live: bool) ->
         yield from frames
 
 
-def _truncation(source: str, media: Any) -> VideoDecodeError | None:
-    """The error for a file that ends before its container says; FFmpeg takes it for a shorter one."""
-    begins = 0 if isinstance(media, str) else media.tell()
+def _looked_at(source: str, media: Any) -> tuple[VideoDecodeError | None, Any]:
+    """
+    The error for a file that ends before its container says, which FFmpeg takes for a shorter one, or for a single
+    picture; and what is to be opened, of a motion photo the video in it.
+    """
+    begins, behind = 0 if isinstance(media, str) else media.tell(), None
     try:
         with open(media, "rb") if isinstance(media, str) else contextlib.nullcontext(media) as file:
             if begins == 0:
                 check_whole(source, file)
+                behind = video_behind_picture(source, file)
     except VideoDecodeError as error:
-        return error
+        return error, media
     except OSError:  # av has the error for it
-        return None
+        return None, media
     finally:
         if not isinstance(media, str):
             media.seek(begins)
+    return None, media if behind is None else io.BytesIO(behind)
 
 
 def _stream_source(video: Any, format: str | None) -> tuple[str, Any, str | None]:

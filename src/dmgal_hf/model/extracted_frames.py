@@ -144,7 +144,8 @@ class CachedFrames(FrameFiles):
         if os.path.basename(shards) != "shards" or not os.path.isfile(os.path.join(shards, "..", "settings.json")):
             raise VideoDecodeError(source, "not in the shards of a prepared folder", "Give a video, or prepare it.")
         try:
-            table = _mapped_once(file)
+            state = os.stat(file)
+            table = _mapped_once(file, state.st_size, state.st_mtime_ns)
             if row >= len(table):
                 raise OSError(f"it has {len(table)} rows")
             self.frames = table["frames"][row].values.field("bytes")
@@ -178,7 +179,9 @@ def map_arrow_file(path: str) -> Any:
     return table
 
 
-_mapped_once = functools.lru_cache(maxsize=1024)(map_arrow_file)
+@functools.lru_cache(maxsize=1024)
+def _mapped_once(path: str, size: int, mtime_ns: int) -> Any:
+    return map_arrow_file(path)
 
 
 def picture_to_rgb(picture: Any) -> np.ndarray:
