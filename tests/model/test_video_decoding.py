@@ -3,20 +3,26 @@
 import io
 import multiprocessing
 import pickle
+import re
 import struct
+import subprocess
+import sys
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from av.stream import Disposition
+from PIL import Image, ImageOps
 
-from dmgal_hf.model import video_decoding
+from dmgal_hf.inference.streaming import decode_in_order
+from dmgal_hf.model import video_decoding, video_files
 from dmgal_hf.model.reading_limits import LIMITS
 from dmgal_hf.model.video_decoding import VideoDecodeError, probe_video, read_frames, read_frames_at, segment_indices
 
@@ -734,3 +740,240 @@ def test_whatever_a_reader_raises_becomes_one_error(tmp_path, monkeypatch):
                 read(path)
             assert caught.value.source == str(path)
             assert caught.value.__cause__ is error
+
+
+def copies(path):
+    """The same file by its path, its bytes and an open file."""
+    yield path
+    yield path.read_bytes()
+    with open(path, "rb") as file:
+        yield file
+
+
+def test_play_lists_are_refused_before_what_they_name_is_touched(tmp_path):
+    asked = []
+
+    class Note(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *args):
+            return
+
+    clip = write(tmp_path / "clip.ts")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Note)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/secret.ts"
+    head = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:2\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:1,\n"
+    lists = {
+        "net.m3u8": f"{head}{url}\n#EXT-X-ENDLIST\n",
+        "local.m3u8": f"{head}{clip.name}\n#EXT-X-ENDLIST\n",
+        "list.mp4": f"ffconcat version 1.0\nfile '{clip.name}'\n",
+        "list.mpd": f'<?xml version="1.0"?>\n<MPD type="static"><BaseURL>{url}</BaseURL></MPD>',
+        "session.sdp": "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\n"
+        "m=video 50040 RTP/AVP 96\r\na=rtpmap:96 H264/90000\r\n",
+    }
+    try:
+        for name, text in lists.items():
+            (tmp_path / name).write_text(text, newline="")
+            for video in copies(tmp_path / name):
+                for read in (read_frames, probe_video):
+                    with pytest.raises(VideoDecodeError, match=r"a play list .* none of them was opened"):
+                        read(video)
+            with pytest.raises(VideoDecodeError):
+                next(decode_in_order(tmp_path / name, None))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not asked
+
+
+@pytest.mark.parametrize("name", ["concat", "hls", "dash", "sdp"])
+def test_ffmpeg_itself_is_kept_from_play_lists(tmp_path, name):
+    """Also where the text does not begin as one: the demuxer is never let at a file."""
+    assert name not in video_files._formats().split(",")
+    (tmp_path / "a.ts").write_bytes(write(tmp_path / "b.ts").read_bytes())
+    (tmp_path / "list.txt").write_text("ffconcat version 1.0\nfile a.ts\n")
+    for media in (str(tmp_path / "list.txt"), b"ffconcat version 1.0\nfile a.ts\n"):
+        with pytest.raises(VideoDecodeError, match="not a readable video"), video_files.open_video("list", media):
+            pass
+
+
+def test_a_name_that_is_a_pattern_stands_for_its_own_file(tmp_path):
+    for number in range(3):
+        Image.fromarray(picture(number)).save(tmp_path / f"s{number}.ppm")
+    for video in (tmp_path / "s%d.ppm", tmp_path / "s*.ppm"):
+        with pytest.raises(VideoDecodeError, match="cannot be opened"):
+            read_frames(video)
+        with pytest.raises(VideoDecodeError):
+            next(decode_in_order(video, None))
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+@pytest.mark.parametrize("by", ["disposition", "length"])
+def test_the_track_that_a_player_shows_is_read(tmp_path, suffix, by):
+    """Beside it a preview of another size, which comes first in the file."""
+    path = tmp_path / f"two.{suffix}"
+    with av.open(str(path), "w") as container:
+        streams = []
+        for size in ((48, 64), SIZE):
+            stream = container.add_stream("libx264", rate=25, options={"g": "10"})
+            stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+            streams.append(stream)
+        streams[0].disposition = 0 if by == "disposition" else Disposition.default
+        streams[1].disposition = Disposition.default
+        lengths = (FRAMES, FRAMES) if by == "disposition" else (3, FRAMES)
+        for stream, length in zip(streams, lengths, strict=True):
+            for packet in encode(stream, [picture(k, (stream.height, stream.width)) for k in range(length)]):
+                container.mux(packet)
+    clip = as_images(read_frames_at(path, list(range(FRAMES))))
+    assert clip.shape == (FRAMES, *SIZE, 3)
+    assert [number_in(image) for image in clip] == list(range(FRAMES))
+    assert probe_video(path).num_frames == FRAMES
+    assert next(decode_in_order(path, None))[1].clip().shape == (1, 3, *SIZE)
+
+
+FILLER = b"\x0c" + b"\xff" * 20 + b"\x80"  # type 12
+DELIMITER = b"\x09\xf0"
+
+
+@pytest.mark.parametrize("units", [[FILLER], [DELIMITER], [DELIMITER, FILLER]])
+def test_h264_packets_without_a_picture_are_not_counted(tmp_path, units):
+    path = write(tmp_path / "plain.mkv", **x264("keyint=10:bframes=0"))
+    reference = decode_all(path)
+    data = b"".join(len(unit).to_bytes(4, "big") + unit for unit in units)
+
+    def with_others(packets):
+        for packet in packets:
+            between = av.Packet(data)
+            between.pts = between.dts = 2 * packet.pts
+            between.time_base = packet.time_base
+            packet.pts = packet.dts = 2 * packet.pts + packet.duration
+            yield between
+            yield packet
+
+    path = rewrite(path, lambda packets: list(with_others(packets)))
+    with av.open(str(path)) as container:
+        assert sum(packet.size > 0 for packet in container.demux(video=0)) == 2 * FRAMES
+    assert_reads_as(path, reference)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_of_motion_jpeg_is_followed(tmp_path, orientation):
+    """PyAV does not know the type of side data that FFmpeg makes of it."""
+    chunks = []
+    for number in range(3):
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[0x112] = orientation
+        Image.fromarray(picture(number)).save(file, "JPEG", quality=95, exif=exif, subsampling=0)
+        chunks.append(file.getvalue())
+    clip = as_images(read_frames(write_packets(tmp_path / "exif.mkv", "mjpeg", chunks, range(3)), 3))
+    shown = [np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(chunk))).convert("RGB")) for chunk in chunks]
+    assert clip.shape == np.stack(shown).shape
+    assert np.abs(clip.astype(int) - np.stack(shown)).mean() < 3
+
+
+LONG = ["h264.mp4", "h264_b_frames.avi", "h264.ts", "vp9.webm", "mpeg4_b_frames.avi", "mjpeg.avi", "wmv2.wmv"]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_packets_of_a_long_clip_are_read_again(tmp_path, name, monkeypatch):
+    path = write(tmp_path / name, **STREAMS[name])
+    monkeypatch.setattr(video_decoding, "_KEPT_BYTES", 2000)
+    assert_reads_as(path, decode_all(path))
+
+
+def test_packed_b_frames_of_a_long_clip(tmp_path, monkeypatch):
+    path = write_packed(tmp_path / "xvid.avi", 2)
+    monkeypatch.setattr(video_decoding, "_KEPT_BYTES", 2000)
+    assert_reads_as(path, decode_all(path))
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """Half a GB of raw video, read in a process of its own."""
+    images = [np.full((960, 1280, 3), number, np.uint8) for number in range(2)]
+    path = write(tmp_path / "raw.avi", "rawvideo", images * 80, pix_fmt="bgr24")
+    assert path.stat().st_size > 500_000_000
+    code = (
+        "import resource, sys, torch\n"
+        "from dmgal_hf.model.video_decoding import probe_video, read_frames\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert probe_video(sys.argv[1]).num_frames == 160\n"
+        "read_frames(sys.argv[1], 2)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    path.unlink()
+    assert int(done.stdout) < 100
+
+
+def test_downloads_end_at_their_limit(tmp_path, monkeypatch):
+    data = write(tmp_path / "a.mp4").read_bytes()
+    unseekable = SimpleNamespace(read=io.BytesIO(data).read, seekable=lambda: False)
+    assert torch.equal(read_frames(unseekable), read_frames(data))
+    monkeypatch.setattr(LIMITS, "downloaded_bytes", len(data) - 1)
+    unseekable = SimpleNamespace(read=io.BytesIO(data).read, seekable=lambda: False)
+    with pytest.raises(VideoDecodeError, match=rf"{len(data):,} downloaded bytes"):
+        read_frames(unseekable)
+
+
+@pytest.mark.parametrize(("name", "options"), [("whole.mp4", {}), ("parts.mp4", {"movflags": "frag_keyframe"})])
+def test_tables_that_claim_too_much_are_refused(tmp_path, name, options):
+    path = write(tmp_path / name, gop_size=10, muxing=options)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"trun") + 8 if options else data.index(b"stsz") + 12
+    data[at : at + 4] = (30_000_000).to_bytes(4, "big")
+    if not options:
+        data[at - 4 : at] = (1).to_bytes(4, "big")  # all of one size: no table is needed
+    path.write_bytes(data)
+    for read in (read_frames, probe_video):
+        with pytest.raises(VideoDecodeError, match=r"it has 30,000,0.* packets or more, and 4,000,000 are the limit"):
+            read(path)
+
+
+def test_a_checksum_that_differs_is_met_by_who_reads_there(tmp_path):
+    path = write(tmp_path / "a.mkv", "ffv1", options={"level": "3", "slicecrc": "1"}, gop_size=1)
+    reference = decode_all(path)
+    with av.open(str(path)) as container:
+        packet = next(p for p in container.demux(video=0) if p.pts == 400)  # frame 10
+        at = packet.pos + packet.size // 2
+    data = bytearray(path.read_bytes())
+    data[at] ^= 16
+    path.write_bytes(data)
+    for _ in range(2):
+        with pytest.raises(VideoDecodeError, match=r"a\.mkv: damaged near 0\.40 s: .*CRC mismatch"):
+            read_frames_at(path, [3, 10])
+    np.testing.assert_array_equal(as_images(read_frames_at(path, [3, 20])), reference[[3, 20]])
+    with ThreadPoolExecutor(4) as pool:
+        tried = [pool.submit(read_frames_at, path, [10]) for _ in range(8)]
+        assert all(isinstance(one.exception(), VideoDecodeError) for one in tried)
+    assert av.logging.get_level() is None
+
+
+def test_most_of_a_clip_is_gone(tmp_path):
+    path = write(tmp_path / "a.mkv", "libx264", gop_size=5, muxing={"cluster_time_limit": "200"})
+    data = path.read_bytes()
+    clusters = [match.start() for match in re.finditer(b"\x1f\x43\xb6\x75", data)]
+    assert len(clusters) > 4
+    path.write_bytes(data[: clusters[1]] + bytes(len(data) - clusters[1]))
+    with pytest.raises(VideoDecodeError, match=r"a\.mkv: damaged"):
+        read_frames(path)
+
+
+@pytest.mark.parametrize("name", ["vp9.webm", "h264_b_frames.mkv", "palette.gif", "wmv2.wmv", "apng.apng"])
+def test_bytes_behind_the_end_are_no_truncation(tmp_path, name):
+    path = write(tmp_path / name, **STREAMS[name])
+    reference = decode_all(path)
+    path.write_bytes(path.read_bytes() + b"\x01 and what a program left behind" * 20)
+    np.testing.assert_array_equal(as_images(read_frames(path, FRAMES)), reference)
+
+
+@pytest.mark.parametrize("name", ["wmv2.wmv", "apng.apng"])
+def test_truncated_where_lengths_are_declared(tmp_path, name):
+    path = write(tmp_path / name, **STREAMS[name])
+    whole = path.read_bytes()
+    for part in (40, 70, 95):
+        path.write_bytes(whole[: len(whole) * part // 100])
+        with pytest.raises(VideoDecodeError, match="truncated"):
+            read_frames(path)

@@ -88,10 +88,15 @@ def _length(stream: av.VideoStream) -> float:
     """Seconds that the container declares for a track, as far as it does; a still picture has none."""
     if stream.frames == 1:
         return 0.0
-    if stream.duration is not None and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    clock = re.match(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))  # Matroska
-    return 3600.0 * int(clock[1]) + 60.0 * int(clock[2]) + float(clock[3]) if clock else 0.0
+    if (tagged := _tagged_length(stream)) is not None:  # in its place FFmpeg may give the length of the file
+        return tagged
+    return float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+
+
+def _tagged_length(stream: av.VideoStream) -> float | None:
+    """Seconds, where Matroska's tags tell them."""
+    clock = re.match(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    return 3600.0 * int(clock[1]) + 60.0 * int(clock[2]) + float(clock[3]) if clock else None
 
 
 def declared_seconds(container: InputContainer, stream: av.VideoStream) -> float | None:
@@ -101,9 +106,11 @@ def declared_seconds(container: InputContainer, stream: av.VideoStream) -> float
     """
     if container.format.name != "matroska,webm" or not container.duration:
         return None
-    alone = len(container.streams) == 1
     whole = container.duration / av.time_base
-    return whole if alone else min(_length(stream), whole) or None
+    if len(container.streams) == 1:
+        return whole
+    tagged = _tagged_length(stream)  # the length of the file may be that of its sound
+    return None if tagged is None else min(tagged, whole)
 
 
 # FFmpeg's log
