@@ -7,6 +7,12 @@ pictures that hold a wanted frame are decoded; everywhere else the clip is decod
 What a picture looks like: rotated and mirrored as its display matrix says (to the nearest quarter turn), stored pixels
 kept as they are (no stretching of non-square pixels, no deinterlacing, no tone mapping), alpha laid over black.
 
+Damage is refused where FFmpeg notices it for a wanted frame, or for one that it refers to: packets and frames marked
+as damaged, checksums, errors that a decoder logs, packets between which the container makes no sense, and files that
+end early or hold less than half of what they declare. What nothing notices is read: changed bytes of raw or nearly raw
+pictures (raw, HuffYUV, QuickTime's animation, uncoded blocks), bits that make another valid picture of the same size,
+time stamps and tables that put sound pictures in another order, and a few packets that are gone.
+
 Only wanted frames are converted, at their stored size; the processor resizes them after. Resizing in the conversion,
 by FFmpeg's swscale, was slower than torch at every size tried, 340x256 to 1920x1080, and off by 1 to 3 grey levels in
 the mean, up to 48.
