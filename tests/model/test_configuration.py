@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoConfig, CLIPVisionConfig, ResNetConfig
 
 from dmgal_hf import DmgalConfig
+from dmgal_hf.model import configuration_dmgal
 
 
 def test_json_round_trip(tmp_path):
@@ -74,3 +75,39 @@ def test_backbone_may_be_a_dict():
 def test_bad_values_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         DmgalConfig(**fields)
+
+
+def test_what_a_file_or_a_tool_adds_is_kept(tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(configuration_dmgal.logger, "warning_once", warned.append)
+    config = DmgalConfig(num_frames=4)
+    config.use_cache = False  # as transformers.Trainer does
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    added = {"batch_norm_eps": 0.5, "_of_a_tool": {"a": 1}, "quantization_config": {"bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(stored | added))
+    assert not warned
+    for loaded in (
+        AutoConfig.from_pretrained(tmp_path),
+        DmgalConfig.from_json_file(tmp_path / "config.json"),
+        DmgalConfig.from_dict(stored | added, num_frames=4),
+    ):
+        assert loaded.tie_word_embeddings is True and loaded.batch_norm_eps == 0.5 and loaded.num_frames == 4
+        loaded.save_pretrained(tmp_path / "again")
+        again = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert {name: again[name] for name in added} == added and again["tie_word_embeddings"] is True
+    assert not warned
+
+
+def test_what_looks_like_a_mistyped_field_is_warned_of(tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(configuration_dmgal.logger, "warning_once", warned.append)
+    config = DmgalConfig.from_dict({"model_type": "dmgal", "aligment": "otam"})
+    assert config.alignment == "bi_mhm" and config.to_dict()["aligment"] == "otam"
+    (message,) = warned
+    assert "'aligment' (value 'otam')" in message and "Did you mean 'alignment'?" in message
+    config.num_frame = 3
+    assert len(warned) == 2 and "Did you mean 'num_frames'?" in warned[1]
+    config.num_frames = 3
+    assert len(warned) == 2

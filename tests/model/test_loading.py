@@ -1,5 +1,7 @@
 """Weights come back from a checkpoint as they were saved, whatever the kind of backbone."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -92,3 +94,13 @@ def test_a_state_dict_may_stand_in_for_the_files():
     model = build("clip")
     loaded = DmgalModel.from_pretrained(None, config=model.config, state_dict=model.state_dict())
     assert_same(loaded, model)
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit", "dinov2"])
+def test_the_input_embeddings_are_those_of_the_backbone(kind):
+    model = build(kind)
+    embeddings = model.get_input_embeddings()
+    assert embeddings is model.backbone.get_input_embeddings()
+    other = copy.deepcopy(embeddings)
+    model.set_input_embeddings(other)
+    assert model.get_input_embeddings() is other and model.backbone.get_input_embeddings() is other

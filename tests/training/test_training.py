@@ -22,12 +22,12 @@ from filelock import FileLock
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from training_runs import FIELDS, ON_CPU, SCRIPTS, command, run
 from transformers import AutoModel, AutoProcessor
 
 from dmgal_hf import DmgalConfig, MgaConfig
 from dmgal_hf.data import load_motion_shapes, sample_episodes
 from dmgal_hf.data.preparation import PrepareArguments, describe_source, prepare_videos
-from dmgal_hf.training import train
 from dmgal_hf.training.arguments import (
     DataArguments,
     EvaluateArguments,
@@ -41,65 +41,9 @@ from dmgal_hf.training.evaluation import evaluate, evaluate_episodes
 from dmgal_hf.training.loading import load_videos
 from dmgal_hf.training.training import describe_result, run_fields
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import ablate  # noqa: E402
-
-ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true"}  # --multi_gpu then starts processes that talk through gloo
-FIELDS = {
-    "clips_per_class": 3,
-    "resize": 36,
-    "crop_size": 32,
-    "num_workers": 0,
-    "backbone_config": {
-        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"
-    },
-    "motion_reduction": 4,
-    "way": 3,
-    "query": 1,
-    "num_episodes": 8,
-    "episodes_per_step": 2,
-    "learning_rate": 0.01,
-    "class_loss_weight": 0.3,
-    "validate_every": 4,
-    "validation_episodes": 3,
-    "test_episodes": 5,
-    "checkpoint_every": 2,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("motion_shapes")
-    load_motion_shapes(clips_per_class=3, cache_dir=folder)
-    return str(folder)
-
-
-@pytest.fixture
-def config(tmp_path, cache_dir):
-    """Writes a config file of a small run and returns its path."""
-
-    def write(name="run", **fields):
-        path = tmp_path / f"{name}.yaml"
-        fields = {**FIELDS, "cache_dir": cache_dir, "output_dir": str(tmp_path / name), **fields}
-        path.write_text(yaml.safe_dump(fields))
-        return path
-
-    return write
-
-
-def run(config, *options):
-    arguments = parse_arguments((DataArguments, ModelArguments, TrainArguments), ["--config", str(config), *options])
-    return train(*arguments)
-
-
-def command(config, *options, processes=1):
-    return [
-        sys.executable, "-m", "accelerate.commands.launch", *(["--cpu"] if processes == 1 else ["--multi_gpu"]),
-        "--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--main_process_port", "0",
-        str(SCRIPTS / "train.py"), "--config", str(config), *options,
-    ]  # fmt: skip
+import ablate
 
 
 def weights(output_dir):

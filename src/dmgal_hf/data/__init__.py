@@ -4,7 +4,7 @@ Imports `model` alone.
 """
 
 from .benchmarks import load_benchmark, load_video_folder
-from .episode_videos import EpisodeVideos, collate_episodes, seed_from
+from .episode_videos import EpisodeCollator, EpisodeVideos, collate_episodes, seed_from
 from .episodes import EpisodeSource, check_episodes, episodes_id, load_episodes, sample_episodes
 from .feeding import augment_ahead, pack_episodes
 from .motion_shapes import load_motion_shapes
@@ -15,6 +15,7 @@ from .transforms import ClipAugmentation
 __all__ = [
     "BENCHMARKS",
     "ClipAugmentation",
+    "EpisodeCollator",
     "EpisodeSource",
     "EpisodeVideos",
     "augment_ahead",

@@ -173,6 +173,48 @@ def collate_episodes(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+class EpisodeCollator:
+    """
+    The `data_collator` of a transformers.Trainer: items of [`EpisodeVideos`] of equal size -> what the model is called
+    with, normalised. It picks from an item what the model needs: `TrainingArguments(remove_unused_columns=False)`.
+
+    Args:
+        processor ([`DmgalVideoProcessor`]): of the model.
+
+    Example:
+
+    ```python
+    >>> from datasets import ClassLabel, Dataset, Features, Video
+    >>> from dmgal_hf import DmgalVideoProcessor
+    >>> from dmgal_hf.data import EpisodeCollator, EpisodeVideos, sample_episodes
+
+    >>> features = Features({"video": Video(decode=False), "label": ClassLabel(names=["push", "lift"])})
+    >>> rows = {"video": ["a.mp4", "b.mp4", "c.mp4", "d.mp4"], "label": [0, 0, 1, 1]}
+    >>> videos = Dataset.from_dict(rows, features=features)
+    >>> processor = DmgalVideoProcessor(num_frames=4, size=40, crop_size=32)
+    >>> episodes = EpisodeVideos(videos, sample_episodes(videos["label"], 2, 1, 1, num_episodes=3), processor)
+    >>> EpisodeCollator(processor)([episodes[0], episodes[1]])["support_pixel_values"].shape
+    torch.Size([2, 2, 4, 3, 32, 32])
+    ```
+    """
+
+    def __init__(self, processor: DmgalVideoProcessor):
+        self.processor = processor
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        names = ("support_pixel_values", "support_labels", "query_pixel_values", "labels")
+        if missing := [name for name in names if name not in items[0]]:
+            raise ValueError(
+                f"the episodes come without {', '.join(missing)}: set remove_unused_columns=False in "
+                "TrainingArguments, the collator itself picks what the model needs."
+            )
+        batch = {name: torch.stack([item[name] for item in items]) for name in names}
+        return {
+            name: self.processor.normalize(tensor) if name.endswith("pixel_values") else tensor
+            for name, tensor in batch.items()
+        }
+
+
 def seed_from(seed: int, name: str) -> int:
     """A seed for `torch.Generator`, from a seed and the name of what is drawn."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big") >> 1

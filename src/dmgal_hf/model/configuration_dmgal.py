@@ -2,15 +2,19 @@
 
 import difflib
 import math
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, ResNetConfig
+from transformers.utils import logging
 
 from .configuration_mga import read_adapter_config
+
+logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 TEXT_TEMPLATES = ("a video of {}.", "a video of a person doing {}.", "a photo of {}.")  # ours
 
-# What transformers itself writes into config.json or hands to a config besides the declared fields.
+# What transformers itself hands to a config in code besides the declared fields.
 _TRANSFORMERS_KEYS = {
     "_attn_implementation_autoset",
     "_commit_hash",
@@ -31,6 +35,10 @@ _TRANSFORMERS_KEYS = {
 class DmgalConfig(PreTrainedConfig):
     r"""
     Configuration of a [`DmgalModel`]: the image backbone, the paradigm and every switch an ablation needs.
+
+    A keyword that is none of these is an error. A field of another name that comes from a file (`from_pretrained`,
+    `from_dict`), where another tool or a newer transformers has put it, or that is set as an attribute, is kept and
+    saved again; one that looks like a mistyped field of ours is warned of.
 
     Args:
         backbone_config (`dict` or `PreTrainedConfig`, *optional*, defaults to ResNet-50):
@@ -104,6 +112,9 @@ class DmgalConfig(PreTrainedConfig):
 
     model_type = "dmgal"
     sub_configs = {"backbone_config": AutoConfig}
+    # The predictions of transformers.Trainer are what is left of the output: the logits.
+    keys_to_ignore_at_inference = ["support_features", "query_features", "attentions", "hidden_states", "text_logits",
+                                   "support_embeds", "query_embeds"]  # fmt: skip
 
     backbone_config: dict | PreTrainedConfig | None = None
     paradigm: str = "ft"
@@ -129,9 +140,10 @@ class DmgalConfig(PreTrainedConfig):
     text_model: str | None = None
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, _from_file: bool = False, **kwargs):
         self._check_version()
-        self._check_unknown(kwargs)
+        if not _from_file:
+            self._check_unknown(kwargs)
         self.backbone_config = self._build_backbone_config(self.backbone_config)
         self._check_values()
         self.motion_scales = list(self.motion_scales)
@@ -147,14 +159,39 @@ class DmgalConfig(PreTrainedConfig):
                 f"{FORMAT_VERSION}. Update it with `pip install -U dmgal-hf`."
             )
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers; what a file holds beside our fields is kept."""
+        return super().from_dict({**config_dict, "_from_file": True}, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        """As in transformers; what a file holds beside our fields is kept."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    def __setattr__(self, name: str, value: Any):
+        ours = name.startswith("_") or name in self.__dataclass_fields__ or hasattr(self, name)
+        if not ours and (close := self._nearest(name, cutoff=0.8)):
+            logger.warning_once(
+                f"DmgalConfig has no field {name!r} (value {value!r}): it is kept and has no effect here. "
+                f"Did you mean {close!r}?"
+            )
+        super().__setattr__(name, value)
+
+    @classmethod
+    def _field_names(cls) -> list[str]:
+        return sorted(name for name in cls.__dataclass_fields__ if not name.startswith("_"))
+
+    @classmethod
+    def _nearest(cls, name: str, cutoff: float = 0.6) -> str | None:
+        return next(iter(difflib.get_close_matches(name, cls._field_names(), 1, cutoff)), None)
+
     def _check_unknown(self, kwargs):
         for name in kwargs:
-            if name in _TRANSFORMERS_KEYS:
-                continue
-            known = sorted(field for field in self.__dataclass_fields__ if not field.startswith("_"))
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Known fields: {', '.join(known)}."
-            raise ValueError(f"DmgalConfig has no field {name!r} (value {kwargs[name]!r}). {hint}")
+            if name not in _TRANSFORMERS_KEYS:
+                close = self._nearest(name)
+                hint = f"Did you mean {close!r}?" if close else f"Known fields: {', '.join(self._field_names())}."
+                raise ValueError(f"DmgalConfig has no field {name!r} (value {kwargs[name]!r}). {hint}")
 
     @staticmethod
     def _build_backbone_config(backbone_config):

@@ -1,9 +1,10 @@
 """DMGAL: few-shot action recognition with motion-guided attention (arXiv 2411.11335)."""
 
+import inspect
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -161,6 +162,14 @@ class DmgalPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CrossMotionAttention):
             init.zeros_(module.gamma_self)
             init.zeros_(module.gamma_cross)
+
+
+def _targets_are_labels(method: Callable) -> Callable:
+    """Has `support_labels` out of a signature: transformers.Trainer takes what has "label" in its name for targets."""
+    signature = inspect.signature(method)
+    kept = [one for name, one in signature.parameters.items() if name != "support_labels"]
+    method.__signature__ = signature.replace(parameters=kept)
+    return method
 
 
 class DmgalModel(DmgalPreTrainedModel):
@@ -406,6 +415,13 @@ class DmgalModel(DmgalPreTrainedModel):
             raise ValueError(_NO_TEXT_HEAD)
         return self.text_head(video_embeds, text_embeds)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the backbone, where it has some."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.backbone.set_input_embeddings(value)
+
     def train(self, mode: bool = True) -> "DmgalModel":
         """As in torch, but a frozen backbone (paradigm "adapter") stays in eval mode: only its adapters train."""
         super().train(mode)
@@ -607,6 +623,7 @@ class DmgalModel(DmgalPreTrainedModel):
                 logits.append(self._match(features[:, video : video + 1], *kept, support.way))
         return torch.cat(logits, 1)
 
+    @_targets_are_labels
     def forward(
         self,
         support_pixel_values: torch.FloatTensor | None = None,

@@ -1,0 +1,44 @@
+"""Small training runs: in this process, or as real processes of accelerate."""
+
+import os
+import sys
+from pathlib import Path
+
+from dmgal_hf.training import train
+from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "true"}  # --multi_gpu then starts processes that talk through gloo
+FIELDS = {
+    "clips_per_class": 3,
+    "resize": 36,
+    "crop_size": 32,
+    "num_workers": 0,
+    "backbone_config": {
+        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"
+    },
+    "motion_reduction": 4,
+    "way": 3,
+    "query": 1,
+    "num_episodes": 8,
+    "episodes_per_step": 2,
+    "learning_rate": 0.01,
+    "class_loss_weight": 0.3,
+    "validate_every": 4,
+    "validation_episodes": 3,
+    "test_episodes": 5,
+    "checkpoint_every": 2,
+}  # fmt: skip
+
+
+def run(config, *options):
+    arguments = parse_arguments((DataArguments, ModelArguments, TrainArguments), ["--config", str(config), *options])
+    return train(*arguments)
+
+
+def command(config, *options, processes=1):
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", *(["--cpu"] if processes == 1 else ["--multi_gpu"]),
+        "--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--main_process_port", "0",
+        str(SCRIPTS / "train.py"), "--config", str(config), *options,
+    ]  # fmt: skip
