@@ -3,11 +3,12 @@
 Contenders of a group take turns in one run, so that whatever else the machine does falls on all of them. Shown are
 medians, and the median of each round's ratio to the first contender of the group. Peak memory is what one call adds to
 what rests in memory before it, each contender in a process of its own. Where contenders compute the same thing, their
-outputs are compared before the clock runs.
+outputs are compared before the clock runs. On a GPU (`--device cuda`) each is shown with its peak memory, the time
+that kernels run, their number, and its share of what products of bf16 matrices reach in the same run.
 
 Parts: head (S-MGA, mixer, C-MGA), growth (C-MGA as episodes grow; `--plot FILE` draws it), adapter (MGA in a frozen
 ViT), support (kept supports), data (frames, cache, lists), train (steps of training in processes of accelerate).
-Contenders that are not installed are named at the end: decord, torchcodec, and the authors' modules, which
+Contenders that are not installed are named at the end: decord, torchcodec, and the authors' modules and model, which
 `--reference DIR` takes from a checkout of their repository. The code in that checkout is run.
 """
 
@@ -24,9 +25,10 @@ import torch
 
 from benchmarks.adapter import adapter_groups
 from benchmarks.data import data_groups
+from benchmarks.feed import feed_groups
 from benchmarks.growth import growth_groups, plot_growth
 from benchmarks.head import head_groups
-from benchmarks.measuring import BenchmarkArguments, measure_group, measure_memory
+from benchmarks.measuring import BenchmarkArguments, measure_ceilings, measure_group, measure_memory, on_gpu
 from benchmarks.support import support_groups
 from benchmarks.train import train_groups
 from dmgal_hf.training.arguments import parse_arguments
@@ -39,6 +41,7 @@ GROUPS = {
     "support": support_groups,
     "data": data_groups,
     "train": train_groups,
+    "feed": feed_groups,
 }
 
 
@@ -57,6 +60,7 @@ def describe_environment(arguments: BenchmarkArguments) -> dict[str, Any]:
         "repeats": arguments.repeats,
         "small": arguments.small,
         "versions": versions,
+        "ceilings": measure_ceilings(arguments.device) if on_gpu(arguments.device) else {},
     }
 
 
@@ -71,10 +75,15 @@ def device_name(device: str) -> str:
 
 def format_environment(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
-    small = " Tiny shapes: the figures mean nothing." if environment["small"] else ""
+    more = " Tiny shapes: the figures mean nothing." if environment["small"] else ""
+    if ceilings := environment["ceilings"]:
+        more += (
+            f"\nCeilings: bf16 products {ceilings['bf16_flops_per_second'] / 1e12:.0f} TFLOP/s, copies "
+            f"{ceilings['copied_bytes_per_second'] / 1e12:.2f} TB/s (read + write)."
+        )
     return (
         f"{environment['device']}, {environment['cpus']} CPUs, {environment['threads']} threads, "
-        f"{environment['repeats']} rounds; {versions}.{small}\n"
+        f"{environment['repeats']} rounds; {versions}.{more}\n"
     )
 
 
@@ -103,10 +112,17 @@ def format_facts(row: dict[str, Any]) -> str:
     elif "wrong_frames" in row:
         facts.append(f"right frames, at most {row['grey_levels']:.0f} grey levels apart")
     if "episodes_per_second" in row:
-        facts.append(f"{row['episodes_per_second']:.3g} episodes/s, {row['memory_gib']:.2f} GiB a process")
+        facts.append(f"{row['episodes_per_second']:.3g} episodes/s")
+    if "data_wait_share" in row:
+        facts.append(f"{row['data_wait_share']:.1%} of the time waiting for data")
+    if "memory_gib" in row:
+        facts.append(f"{row['memory_gib']:.2f} GiB")
+    if "kernel_seconds" in row:
+        facts.append(f"kernels {format_seconds(row['kernel_seconds'])}, {row['launches']:.0f} launches")
+    if "flops_per_second" in row:
         facts.append(f"{row['flops_per_second'] / 1e12:.3g} TFLOP/s")
-    if "utilisation" in row:
-        facts.append(f"{row['utilisation']:.1%} of the bf16 peak")
+    if "ceiling_share" in row:
+        facts.append(f"{row['ceiling_share']:.1%} of the ceiling")
     return "; ".join(facts)
 
 

@@ -3,8 +3,11 @@
 import ast
 import functools
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,9 +158,50 @@ class OfficialHead(nn.Module):
         return support.mean((-1, -2)), query.mean((-1, -2))
 
 
-def load_official_classes(checkout: str, names: list[str]) -> dict[str, type]:
+class BackboneOfTransformers(nn.Module):
+    """ResNet-50 of transformers in the place of torchvision's: the same layers; the last two children are cut off."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.maps, self.pool, self.classifier = LastHiddenState(backbone), nn.Identity(), nn.Identity()
+
+
+class LastHiddenState(nn.Module):
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.backbone(pixel_values).last_hidden_state
+
+
+def load_official_model(checkout: str, backbone: nn.Module) -> nn.Module:
+    """The authors' whole model around a ResNet-50 of transformers; for what their file imports there are stand-ins."""
+    names = [*OfficialHead.NAMES.values(), "PositionalEncoding", "DMAGL", "cos_sim", "extract_class_indices"]
+    axes = {
+        "b s d -> (b s) d": lambda x, **_: x.flatten(0, 1),
+        "(tb ts) (sb ss) -> tb sb ts ss": lambda x, tb, sb: (
+            x.unflatten(1, (sb, -1)).unflatten(0, (tb, -1)).transpose(1, 2)
+        ),
+        "c q -> q c": lambda x, **_: x.T,
+    }
+    stand_ins = {
+        "models": SimpleNamespace(resnet50=lambda pretrained: BackboneOfTransformers(backbone)),
+        "rearrange": lambda x, pattern, **sizes: axes[pattern](x, **sizes),
+        "split_first_dim_linear": lambda x, sizes: x.reshape(*sizes, -1),
+        "NUM_SAMPLES": 1,
+    }
+    model = load_official_classes(checkout, names, stand_ins)["DMAGL"]
+    channels = backbone.config.hidden_sizes[-1]
+    return model(SimpleNamespace(method="resnet50", trans_linear_in_dim=channels, seq_len=NUM_FRAMES))
+
+
+def load_official_classes(
+    checkout: str, names: list[str], stand_ins: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """
-    Runs these classes of DMGAL.py alone: the file as a whole imports torchvision and seeds every generator.
+    Runs these classes and functions of DMGAL.py alone: the file as a whole imports torchvision and seeds every
+    generator.
 
     Raises:
         FileNotFoundError: the folder holds no DMGAL.py.
@@ -167,11 +211,12 @@ def load_official_classes(checkout: str, names: list[str]) -> dict[str, type]:
     if not path.is_file():
         raise FileNotFoundError(f"reference: there is no {path}: give a checkout of ReverseSuzhou/DMGAL.")
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in names]
+    tree.body = [node for node in tree.body if getattr(node, "name", None) in names]
     absent = set(names) - {node.name for node in tree.body}
     if absent:
         raise ValueError(f"reference: {path} has no class {', '.join(sorted(absent))}: give the published code.")
-    scope = {"torch": torch, "nn": nn, "F": F, "math": math, "np": np, "Variable": torch.autograd.Variable}
+    scope = {"torch": torch, "nn": nn, "F": F, "math": math, "np": np, "Variable": torch.autograd.Variable,
+             **(stand_ins or {})}  # fmt: skip
     exec(compile(tree, str(path), "exec"), scope)
     return {name: scope[name] for name in names}
 

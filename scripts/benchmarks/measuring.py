@@ -1,5 +1,6 @@
 """Measuring contenders side by side: time in turns, memory in processes of their own."""
 
+import functools
 import gc
 import os
 import statistics
@@ -14,10 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 NUM_FRAMES = 8
 OURS = "dmgal_hf"
-PARTS = ("head", "growth", "adapter", "support", "data", "train")
+PARTS = ("head", "growth", "adapter", "support", "data", "train", "feed")
+GPU_PARTS = ("head", "train", "support", "feed")  # in one call of a few minutes
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmark.py"
 
 
@@ -25,15 +30,16 @@ SCRIPT = Path(__file__).resolve().parents[1] / "benchmark.py"
 class BenchmarkArguments:
     """What is measured, and how often."""
 
-    only: list[str] = field(
-        default_factory=lambda: list(PARTS), metadata={"help": f"{', '.join(PARTS)}: one or several."}
+    only: list[str] | None = field(
+        default=None,
+        metadata={"help": f"{', '.join(PARTS)}: one or several; by default all, on a GPU {', '.join(GPU_PARTS)}."},
     )
     device: str = field(default="cpu", metadata={"help": "cpu, or cuda."})
     repeats: int = field(default=5, metadata={"help": "Rounds that are timed, after one that is not."})
     threads: int = field(default_factory=lambda: os.cpu_count() or 1, metadata={"help": "Threads of torch."})
     small: bool = field(default=False, metadata={"help": "Tiny shapes, to try the script; the figures mean nothing."})
     memory: bool = field(default=True, metadata={"help": "Measure peak memory; each takes a process and its start."})
-    reference: str | None = field(default=None, metadata={"help": "Checkout of ReverseSuzhou/DMGAL, for head."})
+    reference: str | None = field(default=None, metadata={"help": "Checkout of ReverseSuzhou/DMGAL (head, train)."})
     json: str | None = field(default=None, metadata={"help": "Write everything measured into this JSON file."})
     plot: str | None = field(default=None, metadata={"help": "Draw the curves of growth into this PNG file."})
     folder: str | None = field(
@@ -44,6 +50,8 @@ class BenchmarkArguments:
     )
 
     def __post_init__(self):
+        if self.only is None:
+            object.__setattr__(self, "only", list(PARTS if torch.device(self.device).type == "cpu" else GPU_PARTS))
         unknown = [part for part in self.only if part not in PARTS]
         if unknown or not self.only:
             raise ValueError(f"only must name parts out of {', '.join(PARTS)}, got {unknown or self.only}.")
@@ -62,7 +70,9 @@ class BenchmarkArguments:
 class Run:
     """
     What is timed, and the module whose dropout is off while outputs are compared. `describe` makes further facts of
-    the median of the seconds; `close` is called at the end.
+    the median of the seconds; `close` is called at the end. Floating-point operations are counted unless they are
+    given: those of a CUDA graph cannot be seen. A run that is not `local` does its work in other processes, and tells
+    itself what it took; its call does the same `times` times, and seconds are those of once.
     """
 
     call: Callable[[], Any]
@@ -70,6 +80,9 @@ class Run:
     note: str = ""
     describe: Callable[[float], dict[str, Any]] = lambda seconds: {}
     close: Callable[[], None] = lambda: None
+    times: int = 1
+    flops: int | None = None
+    local: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,7 @@ class Group:
     contenders: list[Contender]
     memory: bool = True
     compare: Callable[[Any, Any], dict[str, Any]] = relative_difference
+    most_repeats: int | None = None
 
 
 # Measuring
@@ -115,18 +129,28 @@ def measure_group(group: Group, arguments: BenchmarkArguments) -> dict[str, Any]
         for one in group.contenders
     }
     del outputs
-    seconds = time_interleaved({name: run.call for name, run in runs.items()}, arguments)
+    repeats = min(arguments.repeats, group.most_repeats or arguments.repeats)
+    seconds = time_interleaved({name: run.call for name, run in runs.items()}, repeats, arguments.device)
+    seconds = {name: [one / runs[name].times for one in seconds[name]] for name in runs}
     first = group.contenders[0].name
     rows = []
     for name, run in runs.items():
         ratio = statistics.median(mine / base for mine, base in zip(seconds[name], seconds[first]))
         median = statistics.median(seconds[name])
         row = {"name": name, "median_seconds": median, "seconds": seconds[name], "time_ratio": ratio}
-        rows.append({**row, **facts[name], **run.describe(median), "note": run.note})
+        row |= {**facts[name], **run.describe(median), "note": run.note}
+        if on_gpu(arguments.device):
+            row |= measure_on_gpu(run, arguments.device) if run.local else {}
+        if row.get("flops"):
+            row["flops_per_second"] = row["flops"] / median
+        if row.get("flops") and on_gpu(arguments.device):
+            ceiling = measure_ceilings(arguments.device)["bf16_flops_per_second"]
+            row["ceiling_share"] = row["flops_per_second"] / ceiling
+        rows.append(row)
         run.close()
     del run, runs
     gc.collect()
-    if group.memory and arguments.memory:
+    if group.memory and arguments.memory and not on_gpu(arguments.device):
         for row in rows:
             row["peak_bytes"] = memory_of_its_own_process(f"{group.name}|{row['name']}", arguments)
         for row in rows:
@@ -134,23 +158,105 @@ def measure_group(group: Group, arguments: BenchmarkArguments) -> dict[str, Any]
     return {"name": group.name, "baseline": first, "contenders": rows}
 
 
-def time_interleaved(calls: dict[str, Callable[[], Any]], arguments: BenchmarkArguments) -> dict[str, list[float]]:
+def on_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def measure_on_gpu(run: Run, device: str) -> dict[str, Any]:
+    """What one call takes of the device: its kernels, operations and memory."""
+    torch.cuda.reset_peak_memory_stats(device)
+    facts = profile_kernels(run.call)
+    facts["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    facts["flops"] = run.flops if run.flops is not None else count_flops(run.call)
+    return facts
+
+
+def profile_kernels(call: Callable[[], Any]) -> dict[str, Any]:
+    """Seconds that the GPU was at work in one call, and how many kernels and copies it ran."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    spans = [(e.time_range.start, e.time_range.end) for e in events if not getattr(e, "is_user_annotation", False)]
+    return {"kernel_seconds": covered(spans) / 1e6, "launches": len(spans)}
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of spans, (start, end) each: what runs at the same time counts once."""
+    length, reached = 0.0, -float("inf")
+    for start, end in sorted(spans):
+        length += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return length
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """Floating-point operations of the products of one call, forward and backward; compiled code runs uncompiled."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@functools.cache
+def measure_ceilings(device: str) -> dict[str, float]:
+    """What the device does at best: bf16 products of 8192 x 8192 matrices, and copies (bytes read and written)."""
+    left, right = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source, target = (torch.empty(1 << 30, dtype=torch.uint8, device=device) for _ in range(2))
+    return {
+        "bf16_flops_per_second": 2 * 8192**3 / _median_on_gpu(lambda: left @ right),
+        "copied_bytes_per_second": 2 * source.nbytes / _median_on_gpu(lambda: target.copy_(source)),
+    }
+
+
+def _median_on_gpu(call: Callable[[], Any]) -> float:
+    seconds = []
+    for _ in range(30):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(seconds[10:])
+
+
+def as_graph(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph, which no host is waited for in; it returns the same tensors each time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay():
+        graph.replay()
+        return output
+
+    return replay
+
+
+def time_interleaved(calls: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
     seconds = {name: [] for name in calls}
     names = list(calls)
-    for round_number in range(arguments.repeats):
+    for round_number in range(repeats):
         shift = round_number % len(names)  # nobody always follows the same one
         for name in names[shift:] + names[:shift]:
             gc.collect()
-            synchronize(arguments.device)
+            synchronize(device)
             start = time.perf_counter()
             calls[name]()
-            synchronize(arguments.device)
+            synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def synchronize(device: str) -> None:
-    if torch.device(device).type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize(device)
 
 
@@ -189,11 +295,6 @@ def measure_memory(case: str, groups: list[Group], device: str) -> int:
         raise ValueError(f"measure_memory must be one of {'; '.join(cases)}, got {case!r}.")
     call = cases[case].prepare().call
     gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
     before = _reset_peak_resident()
     call()
     return max(_peak_resident() - before, 0)

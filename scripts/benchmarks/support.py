@@ -15,7 +15,7 @@ from dmgal_hf.model.video_decoding import read_frames_at
 
 from .adapter import clip_config
 from .data import KINETICS, write_clip
-from .measuring import NUM_FRAMES, BenchmarkArguments, Contender, Group, Run
+from .measuring import NUM_FRAMES, BenchmarkArguments, Contender, Group, Run, as_graph, count_flops, on_gpu
 
 WINDOW, STRIDE = 2.0, 0.5  # seconds
 ADAPTERS = {"adapter": {}, "pooling adapter": {"support_pooling": 2}}
@@ -35,13 +35,18 @@ def _episode(kind: str, small: bool, device: str):
     """A model in eval mode and the videos of an episode: supports (1, S, T, 3, H, W), labels, one query."""
     way, shot, size = (2, 1, 32) if small else (5, 5, 224)
     torch.manual_seed(0)
-    model = DmgalModel(_support_config(kind, small)).eval().to(device)
+    dtype = _dtype(device)
+    model = DmgalModel(_support_config(kind, small)).eval().to(device, dtype)
     for name, parameter in model.named_parameters():
         if "gamma" in name:
             nn.init.constant_(parameter, 0.5)
-    support = torch.randn(1, way * shot, NUM_FRAMES, 3, size, size, device=device)
+    support = torch.randn(1, way * shot, NUM_FRAMES, 3, size, size, device=device, dtype=dtype)
     labels = torch.arange(way, device=device).repeat_interleave(shot)[None]
-    return model, support, labels, torch.randn(1, 1, NUM_FRAMES, 3, size, size, device=device)
+    return model, support, labels, torch.randn(1, 1, NUM_FRAMES, 3, size, size, device=device, dtype=dtype)
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if on_gpu(device) else torch.float32
 
 
 @functools.lru_cache(maxsize=1)
@@ -63,7 +68,7 @@ def _kept_many(kept: DmgalSupport) -> DmgalSupport:
     return dataclasses.replace(many, labels=labels, way=4 * kept.way)
 
 
-def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> Run:
+def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str, graph: bool = False) -> Run:
     model, support, labels, query = _episode(kind, arguments.small, arguments.device)
     note = ""
     if contender == "backbone":
@@ -71,7 +76,7 @@ def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> R
         torch.manual_seed(0)
         plain = _support_config(kind, arguments.small)
         plain.adapter_config = None
-        backbone = DmgalModel(plain).eval().to(arguments.device).backbone
+        backbone = DmgalModel(plain).eval().to(arguments.device, _dtype(arguments.device)).backbone
         call = functools.partial(backbone, pixel_values=query.flatten(0, 2))
     elif contender in KEPT:
         kept = KEPT[contender](_kept_support(kind, arguments.small, arguments.device))
@@ -86,6 +91,8 @@ def prepare_query(arguments: BenchmarkArguments, kind: str, contender: str) -> R
             output = call()
         return (output.logits,) if contender != "backbone" else None
 
+    if graph:
+        return Run(as_graph(call_without_gradient), note=note, flops=count_flops(call_without_gradient))
     return Run(call_without_gradient, note=note)
 
 
@@ -141,7 +148,24 @@ def stream_group(arguments: BenchmarkArguments) -> Group:
     return Group("ResNet-50, DMGAL-FT: 60 s in windows of 2 s", contenders)
 
 
+def gpu_groups(arguments: BenchmarkArguments) -> list[Group]:
+    """In bf16, with and without the host that launches every kernel."""
+    groups = []
+    for title, kind in (("CLIP ViT-B/16 with adapters", "adapter"), ("ResNet-50, DMGAL-FT", "ft")):
+        contenders = [
+            Contender(f"{name}{after}", functools.partial(prepare_query, arguments, kind, contender, bool(after)))
+            for after in (", CUDA graph", "")
+            for name, contender in (
+                ("the backbone on one video", "backbone"), ("one query, kept 5-way 5-shot supports", "same")
+            )
+        ]  # fmt: skip
+        groups.append(Group(f"{title}, bf16", contenders))
+    return groups
+
+
 def support_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:
+    if on_gpu(arguments.device):
+        return gpu_groups(arguments), ["streams (--device cpu)"]
     groups = []
     for title, kind in (
         ("CLIP ViT-B/16 with adapters", "adapter"),

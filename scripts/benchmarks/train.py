@@ -1,6 +1,6 @@
-"""Training: episodes a second in one and two CPU processes, or on a GPU with its utilisation.
+"""Training: steps in one and two CPU processes, or on a GPU beside LoRA and the authors' model.
 
-The frames are in memory: decoding in other processes would compete for the cores (the part data measures it).
+The frames are in memory: decoding in other processes would compete for the cores (the part feed measures it).
 """
 
 import functools
@@ -10,18 +10,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModel
 
-from .measuring import BenchmarkArguments, Contender, Group, Run
+from dmgal_hf import DmgalConfig, DmgalModel
+
+from .adapter import clip_config
+from .head import load_official_model
+from .measuring import NUM_FRAMES, OURS, BenchmarkArguments, Contender, Group, Run, as_graph, count_flops, on_gpu
 
 WORKER = Path(__file__).with_name("train_worker.py")
-
-# Dense bf16 operations a second, from the data sheets of the vendor; the first name that fits counts.
-BF16_PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 
 COMMON = {"way": 5, "shot": 1, "validation_episodes": 1, "augment": False, "learning_rate": 1e-4}
 TINY = {
@@ -69,16 +75,17 @@ class Workers:
             text=True,
             env={**os.environ, "STEPS": str(pipe), **({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})},
         )
-        self.steps = None
+        self.pipe, self.steps = pipe, None
+
+    def run(self, steps: int) -> dict[str, Any]:
+        """Runs steps and returns what the main process tells of them. The first call waits for the start, so that
+        all that were made before it start side by side."""
         while self.steps is None:  # until the main process has opened its end
             try:
-                self.steps = os.fdopen(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), "w")
+                self.steps = os.fdopen(os.open(self.pipe, os.O_WRONLY | os.O_NONBLOCK), "w")
             except OSError:
                 self._check_alive()
                 time.sleep(0.05)
-
-    def run(self, steps: int) -> dict[str, Any]:
-        """Runs steps and returns what the main process tells of them."""
         self.steps.write(f"{steps}\n")
         self.steps.flush()
         for line in self.process.stdout:
@@ -97,14 +104,6 @@ class Workers:
         self.folder.cleanup()
 
 
-def peak_of(device: str) -> float | None:
-    """Dense bf16 operations a second of a GPU that is known here."""
-    if torch.device(device).type == "cpu":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in BF16_PEAKS.items() if known in name), None)
-
-
 def prepare_training(arguments: BenchmarkArguments, fields: dict[str, Any], steps: int, processes: int) -> Run:
     workers = Workers(fields, processes, arguments.device)
     told: dict[str, Any] = {}
@@ -113,17 +112,11 @@ def prepare_training(arguments: BenchmarkArguments, fields: dict[str, Any], step
         told.update(workers.run(steps))
 
     def describe(seconds: float) -> dict[str, Any]:
-        facts = {
-            "episodes_per_second": steps * fields["episodes_per_step"] / seconds,
-            "memory_gib": told["memory_gib"],
-        }
-        facts["flops_per_second"] = steps * told["flops_per_step"] / seconds
-        peak = peak_of(arguments.device)
-        if peak is not None and fields.get("mixed_precision") == "bf16" and facts["flops_per_second"]:
-            facts["utilisation"] = facts["flops_per_second"] / peak
-        return facts
+        names = ("memory_gib", "flops", "kernel_seconds", "launches")
+        facts = {"episodes_per_second": fields["episodes_per_step"] / seconds}
+        return facts | {name: told[name] for name in names if name in told}
 
-    return Run(call, describe=describe, close=workers.close)
+    return Run(call, describe=describe, close=workers.close, times=steps, local=False)
 
 
 def cpu_groups(arguments: BenchmarkArguments) -> list[Group]:
@@ -139,33 +132,110 @@ def cpu_groups(arguments: BenchmarkArguments) -> list[Group]:
             Contender(name, functools.partial(prepare_training, arguments, fields, steps, processes))
             for name, processes in (("one process", 1), ("two processes", 2))
         ]
-        title = f"{titles[paradigm]}: {steps} steps of {episodes} episodes, one thread a process"
+        title = f"{titles[paradigm]}: a step of {episodes} episodes, one thread a process"
         groups.append(Group(title, contenders, memory=False))
     return groups
 
 
+def make_episode(small: bool, shot: int, device: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A batch of one 5-way episode with 20 queries."""
+    way, query, size = (5, 1, 32) if small else (5, 4, 224)
+    labels = {"support_labels": shot, "labels": query}
+    batch = {name: torch.arange(way).repeat_interleave(count)[None].to(device) for name, count in labels.items()}
+    for name, count in (("support_pixel_values", shot), ("query_pixel_values", query)):
+        batch[name] = torch.randn(1, way * count, NUM_FRAMES, 3, size, size, device=device, dtype=dtype)
+    return batch
+
+
+def training_step(model: nn.Module, loss_of: Callable[[], torch.Tensor], device: str, bfloat16: bool) -> Run:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=on_gpu(device))
+
+    def call():
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16):
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Run(call, model)
+
+
+def prepare_lora(arguments: BenchmarkArguments, shot: int) -> Run:
+    """LoRA of about the adapters' size in the same model, matched in the same way, under autocast."""
+    torch.manual_seed(0)
+    fields = {"backbone_config": clip_config(arguments.small), "paradigm": "adapter", "frame_pooling": "cls"}
+    config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
+    model = get_peft_model(DmgalModel(DmgalConfig(**fields)), config).to(arguments.device).train()
+    episode = make_episode(arguments.small, shot, arguments.device)
+    return training_step(model, lambda: model(**episode).loss, arguments.device, bfloat16=True)
+
+
+def prepare_official(arguments: BenchmarkArguments, bfloat16: bool) -> Run:
+    torch.manual_seed(0)
+    backbone = AutoModel.from_config(DmgalConfig(backbone_config=FULL["ft"]["backbone_config"]).backbone_config)
+    model = load_official_model(arguments.reference, backbone).to(arguments.device).train()
+    episode = make_episode(arguments.small, 1, arguments.device)
+    frames = [episode[f"{part}_pixel_values"].flatten(0, 2) for part in ("support", "query")]
+    labels = episode["support_labels"][0]
+
+    def loss_of() -> torch.Tensor:
+        logits = model(frames[0], labels, frames[1])["logits"][0]
+        return F.cross_entropy(logits.float(), episode["labels"][0])
+
+    return training_step(model, loss_of, arguments.device, bfloat16)
+
+
+def prepare_backbone(arguments: BenchmarkArguments, dtype: torch.dtype, graph: bool) -> Run:
+    """Forward passes of the frozen backbone alone over the frames of a 1-shot episode; float32 means autocast."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(clip_config(arguments.small)).eval().to(arguments.device, dtype)
+    episode = make_episode(arguments.small, 1, arguments.device, dtype)
+    frames = torch.cat([episode[f"{part}_pixel_values"].flatten(0, 2) for part in ("support", "query")])
+    casts = dtype == torch.float32
+
+    def call():
+        with torch.no_grad(), torch.autocast(torch.device(arguments.device).type, torch.bfloat16, enabled=casts):
+            return model(pixel_values=frames).last_hidden_state
+
+    return Run(as_graph(call), flops=count_flops(call)) if graph else Run(call)
+
+
 def gpu_groups(arguments: BenchmarkArguments) -> list[Group]:
-    groups = []
-    for paradigm, title in (("adapter", "DMGAL-Adapter, CLIP ViT-B/16"), ("ft", "DMGAL-FT, ResNet-50")):
-        fields = {"paradigm": paradigm, "num_frames": 8, "query": 4, "crop_size": 224, **FULL[paradigm]}
+    steps = 1 if arguments.small else 10
+    prepare = functools.partial
+
+    def ours(name: str, paradigm: str, **changes: Any) -> Contender:
+        fields = {"paradigm": paradigm, "num_frames": NUM_FRAMES, "query": 4, "crop_size": 224, **FULL[paradigm]}
         if arguments.small:
             fields |= {**TINY[paradigm], "query": 1, "crop_size": 32}
-        fields |= {"episodes_per_step": 1, "num_episodes": 1}
-        steps = 1 if arguments.small else 10
-        variants = {
-            "bf16": {"mixed_precision": "bf16"},
-            "bf16, torch.compile": {"mixed_precision": "bf16", "torch_compile": True},
-            "float32": {},
-        }
+        fields |= {"episodes_per_step": 1, "num_episodes": 1, "mixed_precision": "bf16", **changes}
+        return Contender(name, prepare(prepare_training, arguments, fields, steps, 1))
+
+    groups = [
+        Group("CLIP ViT-B/16 alone: forward pass over 200 frames", [
+            Contender("bf16 autocast", prepare(prepare_backbone, arguments, torch.float32, False)),
+            Contender("bf16", prepare(prepare_backbone, arguments, torch.bfloat16, False)),
+            Contender("bf16, CUDA graph", prepare(prepare_backbone, arguments, torch.bfloat16, True)),
+        ])
+    ]  # fmt: skip
+    for shot in (1, 5):
         contenders = [
-            Contender(name, functools.partial(prepare_training, arguments, fields | changes, steps, 1))
-            for name, changes in variants.items()
+            Contender("LoRA of rank 8 (peft), bf16 autocast", prepare(prepare_lora, arguments, shot)),
+            ours(OURS, "adapter", shot=shot),
         ]
-        groups.append(Group(f"{title}, 5-way 1-shot: {steps} steps of an episode", contenders, memory=False))
+        if shot == 1:
+            contenders.append(ours(f"{OURS}, torch_compile", "adapter", torch_compile=True))
+        groups.append(Group(f"DMGAL-Adapter, CLIP ViT-B/16, 5-way {shot}-shot: training step, bf16", contenders))
+    contenders = [ours(OURS, "ft"), ours(f"{OURS}, torch_compile", "ft", torch_compile=True)]
+    if arguments.reference:
+        for name, bfloat16 in (("bf16 autocast", True), ("float32", False)):
+            contenders.append(Contender(f"the authors' model, {name}", prepare(prepare_official, arguments, bfloat16)))
+    groups.append(Group("DMGAL-FT, ResNet-50, 5-way 1-shot: training step, bf16", contenders))
     return groups
 
 
 def train_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:
-    if torch.device(arguments.device).type == "cuda":
-        return gpu_groups(arguments), []
+    if on_gpu(arguments.device):
+        return gpu_groups(arguments), [] if arguments.reference else ["the authors' model (give --reference)"]
     return cpu_groups(arguments), ["steps of full size, which need --device cuda"]

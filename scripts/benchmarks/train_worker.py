@@ -4,6 +4,7 @@ Every line of the pipe that the environment variable STEPS names asks for a numb
 JSON. Ends with the pipe.
 """
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from torch.utils.flop_counter import FlopCounterMode
+from measuring import count_flops, profile_kernels
 
 from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
 from dmgal_hf.training.checkpoints import StopSignal
@@ -47,22 +48,24 @@ def main(data: DataArguments, model: ModelArguments, arguments: TrainArguments):
     accelerator = build_accelerator(arguments)
     run = TrainingRun(accelerator, data, model, arguments, make_videos(arguments), {})
     run.learner.train()
-    batches, stop, flops = make_batches(run, data.crop_size), StopSignal(), 0
-    if not arguments.torch_compile:
-        with FlopCounterMode(display=False) as counter:
-            run.step(batches, stop)
-        flops = counter.get_total_flops() * accelerator.num_processes
-    facts = {"trainable_parameters": run.num_trainable, "flops_per_step": flops, "device": accelerator.device.type}
+    batches, stop = make_batches(run, data.crop_size), StopSignal()
+    step = functools.partial(run.step, batches, stop)
+    flops = count_flops(step) * accelerator.num_processes
+    facts = {"trainable_parameters": run.num_trainable, "flops": flops, "device": accelerator.device.type}
+    if accelerator.device.type == "cuda":
+        for _ in range(3):  # what is compiled or captured is so afterwards
+            step()
+        facts |= profile_kernels(step)
     with open(os.environ["STEPS"]) if accelerator.is_main_process else nullcontext() as pipe:
         while True:
             (line,) = broadcast_object_list([pipe.readline() if accelerator.is_main_process else None])
             if not line:
                 break
             for _ in range(int(line)):
-                run.step(batches, stop)  # reads the loss at its end, so the device is done
+                step()  # reads the loss at its end, so the device is done
             if accelerator.is_main_process:
                 print(json.dumps({**facts, "memory_gib": memory_in_use(accelerator.device)}), flush=True)
-    del batches, run  # before the process group, see dmgal_hf.training.train
+    del batches, step, run  # before the process group, see dmgal_hf.training.train
     accelerator.free_memory()
     accelerator.state.destroy_process_group()
 

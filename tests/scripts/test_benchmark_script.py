@@ -210,3 +210,18 @@ def test_classes_of_the_reference_are_taken_alone(benchmark, tmp_path):
 def test_bad_options(benchmark, argv, message):
     with pytest.raises(ValueError, match=message):
         parse_arguments((measuring.BenchmarkArguments,), argv)
+
+
+def test_feed(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "feed", tmp_path, "--folder", str(tmp_path / "made"))
+    check_structure(result, "feed", capsys.readouterr().out)
+    alone, under = groups.values()
+    assert list(alone) == ["files", "JPEG cache", "raw cache", "memory"] and list(under) == ["files", "raw cache"]
+    assert alone["memory"]["difference"] == 0 < alone["JPEG cache"]["difference"]
+    for row in (*alone.values(), *under.values()):
+        assert row["episodes_per_second"] > 0
+    assert all(0 <= row["data_wait_share"] <= 1 for row in under.values())
+
+
+def test_time_of_a_gpu_that_runs_several_kernels_at_once_counts_once():
+    assert measuring.covered([(5, 6), (0, 2), (1, 3), (1.5, 2)]) == 4 and measuring.covered([]) == 0
