@@ -1,5 +1,6 @@
 """
-Videos, splits, episodes: everything is a `datasets.Dataset`. Also transforms, preparation and made-up videos.
+Videos, splits, episodes: everything is a `datasets.Dataset`. Also transforms, preparation, kept clips and made-up
+videos.
 Imports `model` alone.
 """
 
@@ -7,6 +8,7 @@ from .benchmarks import load_benchmark, load_video_folder
 from .episode_videos import EpisodeCollator, EpisodeVideos, collate_episodes, seed_from
 from .episodes import EpisodeSource, check_episodes, episodes_id, load_episodes, sample_episodes
 from .feeding import augment_ahead, pack_episodes
+from .kept_clips import KeptClips, encode_clips
 from .motion_shapes import load_motion_shapes
 from .puppets import load_puppets
 from .splits import BENCHMARKS
@@ -18,9 +20,11 @@ __all__ = [
     "EpisodeCollator",
     "EpisodeSource",
     "EpisodeVideos",
+    "KeptClips",
     "augment_ahead",
     "check_episodes",
     "collate_episodes",
+    "encode_clips",
     "episodes_id",
     "load_benchmark",
     "load_episodes",

@@ -35,7 +35,6 @@ from .support_sets import (
     clip_digests,
     fields_of_untrained,
     find_support,
-    fingerprint,
     kept_model_id,
     load_processor,
     model_revision,
@@ -482,6 +481,10 @@ class FewShotVideoClassificationPipeline(Pipeline):
         Writes the support set: `support.safetensors` and `support.json` with the labels, the threshold, the
         temperature, and id, revision and fingerprint of the model. The clips themselves are not in it.
         """
+        from ..data.kept_clips import (
+            fingerprint,
+        )  # brings `datasets` along, which takes longer to import than all else
+
         fitted = self._current
         about = {
             "format_version": SUPPORT_FORMAT,
@@ -515,6 +518,10 @@ class FewShotVideoClassificationPipeline(Pipeline):
             ValueError: it was made with another model, other weights or another preprocessing; both are named. Or a
                 file of it is damaged.
         """
+        from ..data.kept_clips import (
+            fingerprint,
+        )  # brings `datasets` along, which takes longer to import than all else
+
         about, path = find_support(folder_or_id, revision, token)
         found = fingerprint(self.model, self.image_processor)
         if found != about["fingerprint"]:

@@ -23,11 +23,10 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import extract_commit_hash
 
 from ..model.backbones import has_adapters
-from ..model.configuration_dmgal import DmgalConfig, check_text_weight
+from ..model.configuration_dmgal import check_text_weight
 from ..model.modeling_dmgal import DmgalSupport
 from ..model.video_processing_dmgal import (
     DmgalVideoProcessor,
-    DmgalVideoProcessorKwargs,
     _list_videos,
     undecoded_column,
 )
@@ -44,10 +43,6 @@ _ABOUT_FIELDS = {"labels": list, "unknown": (int, float, type(None)), "unknown_i
                  "temperature": (int, float), "clip_digests": list, "model": (str, type(None)),
                  "revision": (str, type(None)), "dtype": str, "fingerprint": str}  # fmt: skip
 
-# Fields of DmgalConfig that change no feature, or hold what each version of transformers writes differently.
-_NOT_IN_FINGERPRINT = {"attention_dropout", "backbone_config", "format_version", "position_dropout",
-                       "score_temperature", "text_guidance", "text_model", "text_templates",
-                       "text_weight"}  # fmt: skip
 TEXT_PROTOTYPES = "text.classes"  # among the tensors of a kept support set
 
 
@@ -257,20 +252,6 @@ def model_revision(model: PreTrainedModel) -> str | None:
     cached = try_to_load_from_cache(name, "config.json")
     known = getattr(model.config, "_commit_hash", None)
     return extract_commit_hash(cached if isinstance(cached, str) else None, known)
-
-
-def fingerprint(model: PreTrainedModel, processor: DmgalVideoProcessor) -> str:
-    """SHA-256 of all that the features of a clip depend on: weights, fields of the config and of the processor."""
-    fields = {name: getattr(model.config, name) for name in DmgalConfig.__annotations__.keys() - _NOT_IN_FINGERPRINT}
-    settings = {name: getattr(processor, name) for name in DmgalVideoProcessorKwargs.__annotations__}
-    if getattr(model, "text_head", None) is not None:
-        fields["text_templates"] = model.config.text_templates  # classes that are added have theirs from the same
-    digest = hashlib.sha256(json.dumps([fields, settings], sort_keys=True, default=str).encode())
-    weights = {name.removeprefix("base_model.model."): weight for name, weight in model.state_dict().items()}
-    for name, weight in sorted(weights.items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def write_support(

@@ -195,7 +195,18 @@ class EvaluateArguments:
     episodes: str | None = field(
         default=None, metadata={"help": "Folder, file or id of an episode list, in place of the five fields above."}
     )
-    episodes_per_forward: int = field(default=1, metadata={"help": "Episodes a forward pass of a process."})
+    episodes_per_forward: int | None = field(
+        default=None, metadata={"help": "Episodes a forward pass of a process; by default as memory allows."}
+    )
+    kept_clips: str | None = field(
+        default=None, metadata={"help": "Folder where encoded clips are kept for the next call; by default none is."}
+    )
+    kept_clips_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "Memory for encoded clips in GB, beyond which files take over; by default half of the free."
+        },
+    )
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
     json: str | None = field(default=None, metadata={"help": "File for the results."})
 
@@ -203,8 +214,10 @@ class EvaluateArguments:
         if not self.shot:
             raise ValueError("shot is empty: give at least one number of supports a class.")
         for name in ("way", "query", "num_episodes", "episodes_per_forward"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.kept_clips_gb is not None and not self.kept_clips_gb >= 0:
+            raise ValueError(f"kept_clips_gb must be 0 or more, got {self.kept_clips_gb}.")
         _check_precision(self.mixed_precision)
 
 

@@ -10,17 +10,21 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from torch.utils.data import DataLoader
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ..data import EpisodeVideos, collate_episodes, episodes_id, load_episodes, sample_episodes
+from ..data import KeptClips, check_episodes, encode_clips, episodes_id, load_episodes, sample_episodes
+from ..data.episodes import EPISODE_FEATURES
 from ..data.frame_memory import FrameMemory
+from ..data.kept_clips import fingerprint_of_clips
 from ..model.configuration_dmgal import DmgalConfig
 from ..model.modeling_dmgal import DmgalModel
 from ..model.video_processing_dmgal import DmgalVideoProcessor
 from .arguments import DataArguments, EvaluateArguments
 from .loading import load_videos
+
+BYTES_TOGETHER = 64 * 10**6  # of the clips of a forward pass over episodes
 
 
 def evaluate_episodes(
@@ -30,12 +34,15 @@ def evaluate_episodes(
     episodes: Dataset,
     accelerator: Accelerator,
     num_workers: int = 0,
-    episodes_per_forward: int = 1,
+    episodes_per_forward: int | None = None,
     description: str = "Evaluating",
     memory: FrameMemory | None = None,
+    kept_clips_gb: float | None = None,
+    kept: KeptClips | None = None,
 ) -> dict[str, Any]:
     """
-    Scores every query of every episode once, the episodes shared out among the processes.
+    Scores every query of every episode once. Each clip that the list names is encoded once; the episodes are then run
+    on what is kept of the clips, shared out among the processes.
 
     Args:
         model ([`DmgalModel`]): on the accelerator's device; it is put into eval mode.
@@ -44,52 +51,99 @@ def evaluate_episodes(
         episodes (`datasets.Dataset`): an episode list over the rows of `videos`.
         accelerator (`Accelerator`): of the run.
         num_workers (`int`): processes that read videos, for each process that computes.
-        episodes_per_forward (`int`): episodes a forward pass of a process; the result does not depend on it.
-        description (`str`): of the progress bar.
+        episodes_per_forward (`int`, *optional*):
+            Episodes a forward pass of a process, by default as many of one size as 64 MB of clips hold. The result
+            does not depend on it.
+        description (`str`): of the progress bars.
         memory ([`FrameMemory`], *optional*): of `videos`, for lists that are evaluated again and again.
+        kept_clips_gb (`float`, *optional*): memory for the clips, see [`encode_clips`].
+        kept ([`KeptClips`], *optional*): the clips, encoded before.
 
     Returns:
         `dict`, the same on every process: see [`summarize`].
 
     Raises:
-        ValueError: several episodes a forward pass, and they are not of one size.
+        ValueError: several episodes a forward pass are asked for, and they are not of one size; or the list does not
+            fit the videos; or the kept clips are not of this model, processor and these videos.
         VideoDecodeError: a video of an episode cannot be read.
     """
-    if episodes_per_forward > 1:
-        _check_equal_sizes(episodes)
-    data = EpisodeVideos(videos, episodes, processor, memory=memory)
-    loader = DataLoader(data, batch_size=episodes_per_forward, num_workers=num_workers, collate_fn=collate_episodes)
-    loader = accelerator.prepare_data_loader(loader)
-    model.eval()
-    rows = []
-    for batch in tqdm(loader, desc=description, disable=not accelerator.is_main_process, leave=False):
-        with torch.no_grad(), accelerator.autocast():
-            logits = model(
-                support_pixel_values=processor.normalize(batch["support_pixel_values"]),
-                support_labels=batch["support_labels"],
-                query_pixel_values=processor.normalize(batch["query_pixel_values"]),
-            ).logits
-        # Classes of the episode -> classes of the dataset.
-        way = logits.shape[-1]
-        classes = torch.zeros_like(batch["support_classes"][:, :way])
-        classes.scatter_(1, batch["support_labels"], batch["support_classes"])
-        predicted = classes.gather(1, logits.argmax(-1))
-        episode = batch["episode"][:, None].expand_as(predicted)
-        rows.append(torch.stack([episode, batch["query_classes"], predicted], -1).flatten(0, 1))
-    rows = accelerator.gather(accelerator.pad_across_processes(torch.cat(rows), pad_index=-1)).cpu().numpy()
-    return summarize(rows, videos.features["label"].names, episodes)
-
-
-def _check_equal_sizes(episodes: Dataset):
-    sizes = {
-        (max(support) + 1, len(support), len(query))
-        for support, query in zip(episodes["support_labels"], episodes["query_labels"])
-    }
-    if len(sizes) > 1:
+    labels = np.asarray(videos["label"])
+    check_episodes(episodes, labels)
+    groups = _episodes_of_one_size(episodes)
+    if len(groups) > 1 and (episodes_per_forward or 1) > 1:
         raise ValueError(
             "the episodes are not of one size but have (classes, supports, queries) of "
-            f"{', '.join(map(str, sorted(sizes)[:3]))}: set episodes_per_forward=1."
+            f"{', '.join(map(str, sorted(groups)[:3]))}: set episodes_per_forward=1."
         )
+    network = accelerator.unwrap_model(model).eval()
+    rows = rows_of(episodes)
+    if kept is None:
+        kept = encode_clips(
+            network, processor, videos, rows, num_workers, accelerator, kept_clips_gb, identify=False,
+            description=description, memory=memory,
+        )  # fmt: skip
+    else:
+        kept.check(fingerprint_of_clips(network, processor, accelerator), videos, rows)
+    batches = []
+    for size, numbers in groups.items():
+        together = episodes_per_forward or _fitting(kept, *size[1:])
+        batches += [(size[0], part) for part in np.array_split(numbers, -(-len(numbers) // together))]
+    # As many for every process, as with FSDP they wait for each other: one that is handed out twice counts once.
+    first, step = accelerator.process_index, accelerator.num_processes
+    mine = [batches[number % len(batches)] for number in range(first, first + -(-len(batches) // step) * step, step)]
+    results = []
+    bar = tqdm(total=len(episodes), desc=f"{description}: episodes", unit="episode", leave=False,
+               disable=not accelerator.is_main_process)  # fmt: skip
+    with bar, torch.no_grad(), accelerator.autocast():
+        for way, numbers in mine:
+            results.append(_score(network, kept, episodes, numbers, way, labels, accelerator.device))
+            bar.update(min(step * len(numbers), bar.total - bar.n))
+    results = accelerator.pad_across_processes(torch.cat(results), pad_index=-1)
+    return summarize(accelerator.gather(results).cpu().numpy(), videos.features["label"].names, episodes)
+
+
+def rows_of(episodes: Dataset) -> torch.Tensor:
+    """The rows that a list names, ascending."""
+    return torch.tensor([row for part in ("support", "query") for rows in episodes[part] for row in rows]).unique()
+
+
+def _episodes_of_one_size(episodes: Dataset) -> dict[tuple[int, int, int], list[int]]:
+    """(classes, supports, queries) -> numbers of the episodes."""
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for number, (support, query) in enumerate(zip(episodes["support_labels"], episodes["query_labels"])):
+        groups.setdefault((max(support) + 1, len(support), len(query)), []).append(number)
+    return groups
+
+
+def _fitting(kept: KeptClips, num_support: int, num_query: int) -> int:
+    """Episodes whose clips, gathered for a forward pass, take BYTES_TOGETHER, but one at least."""
+    an_episode = num_support * kept.bytes_of("support") + num_query * kept.bytes_of("query")
+    return max(1, BYTES_TOGETHER // an_episode)
+
+
+def _score(
+    network: nn.Module,
+    kept: KeptClips,
+    episodes: Dataset,
+    numbers: np.ndarray,
+    way: int,
+    labels: np.ndarray,
+    device: torch.device,
+) -> torch.Tensor:
+    """(B·Q, 3) of B episodes of one size: number of the episode, true and predicted class of the dataset."""
+    batch = {name: torch.tensor(column) for name, column in episodes[numbers].items() if name in EPISODE_FEATURES}
+    clips = [
+        {name: tensor.to(device, non_blocking=True) for name, tensor in gather(batch[part]).items()}
+        for part, gather in (("support", kept.support), ("query", kept.query))
+    ]
+    support_labels = batch["support_labels"].to(device)
+    logits = network.score_clips(clips[0], support_labels, clips[1], way)
+    # Classes of the episode -> classes of the dataset.
+    true, of_support = (torch.from_numpy(labels[batch[part]]).to(device) for part in ("query", "support"))
+    classes = torch.zeros_like(of_support[:, :way]).scatter_(1, support_labels, of_support)
+    predicted = classes.gather(1, logits.argmax(-1))
+    number = torch.from_numpy(numbers).to(device)[:, None].expand_as(predicted)
+    return torch.stack([number, true, predicted], -1).flatten(0, 1)
 
 
 def summarize(rows: np.ndarray, class_names: list[str], episodes: Dataset) -> dict[str, Any]:
@@ -173,11 +227,17 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
             (draw, sample_episodes(labels, **draw, num_episodes=arguments.num_episodes, class_names=names))
             for draw in draws
         ]
+    rows = torch.cat([rows_of(episodes) for _, episodes in lists])
+    kept = encode_clips(
+        model, processor, videos, rows, data.num_workers, accelerator, arguments.kept_clips_gb, arguments.kept_clips,
+        description="Evaluating",
+    )  # fmt: skip
     results = []
     for description, episodes in lists:
         metrics = evaluate_episodes(
-            model, processor, videos, episodes, accelerator, data.num_workers, arguments.episodes_per_forward
-        )
+            model, processor, videos, episodes, accelerator, episodes_per_forward=arguments.episodes_per_forward,
+            kept=kept,
+        )  # fmt: skip
         results.append({"model": arguments.model, "split": arguments.split, **description, **metrics})
         accelerator.print(
             f"{', '.join(f'{name} {value}' for name, value in description.items())}: {format_accuracy(metrics, 2)} "

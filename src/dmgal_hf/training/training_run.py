@@ -19,6 +19,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object, set_seed
 from datasets import Dataset, DatasetDict
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -90,15 +91,16 @@ class EpisodeLearner(nn.Module):
             else None
         )
 
-    def forward(
-        self, batch: dict[str, torch.Tensor] | None = None, **inputs: Any
-    ) -> tuple[torch.Tensor, DmgalOutput] | DmgalOutput:
-        """
-        A batch of [`EpisodeVideos`] -> the loss to minimise, and the output of the model. Without a batch the model is
-        called with `inputs`: FSDP wants every call to come through its outermost module.
-        """
-        if batch is None:
-            return self.model(**inputs)
+    def encode_clips(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """That of the model: FSDP wants every call to come through its outermost module."""
+        return self.model.encode_clips(pixel_values)
+
+    def score_clips(self, *inputs: Any) -> torch.Tensor:
+        """That of the model."""
+        return self.model.score_clips(*inputs)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, DmgalOutput]:
+        """A batch of [`EpisodeVideos`] -> the loss to minimise, and the output of the model."""
         output = self.model(
             support_pixel_values=self.processor.normalize(batch["support_pixel_values"]),
             support_labels=batch["support_labels"],
@@ -235,6 +237,8 @@ class TrainingRun:
         if accelerator.distributed_type == DistributedType.FSDP:
             shard_by_blocks(accelerator, self.network)
         self.learner, self.optimizer = accelerator.prepare(learner, optimizer)
+        for half in ("encode_clips", "score_clips"):
+            register_fsdp_forward_method(self.learner, half)  # does nothing without FSDP
         steps = arguments.num_episodes // arguments.episodes_per_step
         self.scheduler = get_scheduler(
             arguments.lr_scheduler, self.optimizer.optimizer, round(arguments.warmup_ratio * steps), steps
@@ -439,7 +443,7 @@ class TrainingRun:
     def _evaluate(self, model: nn.Module, split: str, episodes: Dataset, description: str) -> dict[str, Any]:
         return evaluate_episodes(
             model, self.processor, self.videos[split], episodes, self.accelerator, self.num_workers,
-            self.arguments.episodes_per_forward, description, self.memories.get(split),
+            description=description, memory=self.memories.get(split),
         )  # fmt: skip
 
     def _save_model(self, folder: Path):
