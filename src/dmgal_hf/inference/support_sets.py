@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import extract_commit_hash
 
 from ..model.backbones import has_adapters
-from ..model.configuration_dmgal import check_text_weight
+from ..model.configuration_dmgal import DmgalConfig, check_text_weight
 from ..model.modeling_dmgal import DmgalSupport
 from ..model.video_processing_dmgal import (
     DmgalVideoProcessor,

@@ -233,6 +233,7 @@ class TrainingRun:
         learner = EpisodeLearner(self.network, self.processor, num_classes, arguments.class_loss_weight)
         if arguments.torch_compile:
             self.network.compile()
+            self.network.encode_clips = torch.compile(self.network.encode_clips)  # most of validation
         optimizer = build_optimizer(learner.to(accelerator.device), arguments)
         if accelerator.distributed_type == DistributedType.FSDP:
             shard_by_blocks(accelerator, self.network)
