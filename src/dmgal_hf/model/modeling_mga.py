@@ -13,6 +13,7 @@ from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -185,9 +186,9 @@ class MgaLayer(nn.Module, BaseTunerLayer):
                 num_support,
                 patch_grid,
             )
-            change = self._change(name, adapter, hidden_states, layout, support_cache).to(adapted.dtype)
-            patches = adapted[:, prefix:] + change
-            adapted = torch.cat((adapted[:, :prefix], patches), dim=1) if prefix else patches
+            change = self._change(name, adapter, hidden_states, layout, support_cache)
+            # Not the tokens are put together anew: backward, that would copy both parts and add them up.
+            adapted = adapted + F.pad(change, (0, 0, prefix, 0)).to(adapted.dtype)
         return adapted
 
     def _change(
@@ -198,27 +199,24 @@ class MgaLayer(nn.Module, BaseTunerLayer):
         layout: EpisodeLayout,
         cache: SupportCache | None,
     ) -> torch.Tensor:
-        key = f"{self.module_name}.{name}"
         supports = supports_per_episode = None
         if cache is not None and layout.only_queries and isinstance(adapter, CmgaAdapter) and adapter.attention:
-            supports, supports_per_episode = cache.read(key, layout, adapter), cache.num_support
+            supports, supports_per_episode = cache.read(self._key(name), layout, adapter), cache.num_support
         keep_supports = cache is not None and not layout.only_queries
-        inputs = (
-            self._cast_input_dtype(hidden_states, adapter.down.weight.dtype),
-            layout,
-            supports,
-            supports_per_episode,
-            keep_supports,
-        )
+        inputs = (hidden_states, layout, supports, supports_per_episode, keep_supports)
         if self.training and getattr(self.get_base_layer(), "gradient_checkpointing", False):
             # The block checkpoints itself. Without reentry, as our input may need no gradient where our weights do.
             change, entry = checkpoint(adapter, *inputs, use_reentrant=False)
         else:
             change, entry = adapter(*inputs)
         if entry is not None:
-            cache[key] = entry
+            cache[self._key(name)] = entry
             cache.num_support = layout.num_support
         return change
+
+    def _key(self, adapter_name: str) -> str:
+        """Of the adapter in a [`SupportCache`]. Others never ask: a compiled layer then serves all of its kind."""
+        return f"{self.module_name}.{adapter_name}"
 
 
 class SmgaLayer(MgaLayer):

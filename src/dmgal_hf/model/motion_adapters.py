@@ -289,17 +289,18 @@ class SmgaAdapter(nn.Module):
             keep_supports (`bool`): whether to return an entry for a [`SupportCache`].
 
         Returns:
-            What to add to the patch tokens, `(N, P, D)`, and the entry (`None` where there is none to keep).
+            What to add to the patch tokens, `(N, P, D)`, and the entry (`None` where there is none to keep). Both are
+            computed in the dtype of `hidden_states`, whatever that of the weights.
         """
         # Prefix tokens are projected too and then dropped: that copies d columns a token, not D.
-        tokens = self.down(hidden_states)[:, self.num_prefix_tokens :].contiguous()  # (N, P, d)
+        tokens = _linear(self.down, hidden_states)[:, self.num_prefix_tokens :].contiguous()  # (N, P, d)
         motion = self.motion(tokens, layout)  # (N, P, directions, d)
         values = self.values(tokens, motion, layout)  # (N, P, d)
         entry = None
         if self.attention:
-            keys = self.motion_norm(motion).to(values.dtype)
+            keys = _layer_norm(self.motion_norm, motion)
             values, entry = self.gather(keys, values, layout, supports, supports_per_episode, keep_supports)
-        return self.up(self.dropout(self.activation(values))), entry
+        return _linear(self.up, self.dropout(self.activation(values))), entry
 
     def motion(self, tokens: torch.Tensor, layout: EpisodeLayout) -> torch.Tensor:
         """Motion features (N, P, directions, d) of tokens (N, P, d), zero at a video's open end."""
@@ -315,13 +316,14 @@ class SmgaAdapter(nn.Module):
         """Values (N, P, d): appearance, motion, and the same patch in the frames before and after."""
         appearance = self._over_grid(self.value_conv, tokens, layout.grid)
         over_time = self._over_grid(self.time_conv, tokens, (layout.num_frames, tokens.shape[1]))
-        return appearance + over_time + self.motion_value(motion.flatten(2))
+        return appearance + over_time + _linear(self.motion_value, motion.flatten(2))
 
     @staticmethod
     def _over_grid(convolution: nn.Conv2d, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Convolve tokens (N, P, d), seen as images of `grid`; their memory is laid out channels-last already."""
         images = tokens.reshape(-1, *grid, tokens.shape[-1]).permute(0, 3, 1, 2)
-        return convolution(images).permute(0, 2, 3, 1).reshape(tokens.shape)
+        images = F.conv2d(images, convolution.weight.to(images), None, 1, convolution.padding, 1, convolution.groups)
+        return images.permute(0, 2, 3, 1).reshape(tokens.shape)
 
     def gather(
         self,
@@ -333,13 +335,24 @@ class SmgaAdapter(nn.Module):
         keep_supports: bool,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
         """Y of keys (N, P, directions, d) and values (N, P, d): each frame reads itself."""
-        return values + self.gamma * self._attend(keys.transpose(1, 2), keys.transpose(1, 2), values), None
+        read = self._attend(keys.transpose(1, 2), keys.transpose(1, 2), values)
+        return torch.addcmul(values, self.gamma.to(values), read), None
 
     @staticmethod
     def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Mean over the directions (as heads with the same values) of softmax(Q K^T / sqrt(d)) V."""
         values = values.unsqueeze(1).expand(-1, keys.shape[1], -1, -1)
         return F.scaled_dot_product_attention(queries, keys, values).mean(dim=1)
+
+
+def _linear(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.bias is None else layer.bias.to(inputs)
+    return F.linear(inputs, layer.weight.to(inputs), bias)
+
+
+def _layer_norm(norm: nn.LayerNorm, inputs: torch.Tensor) -> torch.Tensor:
+    normalised = F.layer_norm(inputs, norm.normalized_shape, norm.weight.to(inputs), norm.bias.to(inputs), norm.eps)
+    return normalised.to(inputs.dtype)  # autocast computes norms in float32
 
 
 class CmgaAdapter(SmgaAdapter):
@@ -386,7 +399,7 @@ class CmgaAdapter(SmgaAdapter):
             supports_per_episode = layout.num_support
         first_query = min(layout.num_support)
         if first_query < layout.num_videos:
-            read = self.gamma * self._read(keys[:, first_query:], supports, supports_per_episode)
+            read = self.gamma.to(values) * self._read(keys[:, first_query:], supports, supports_per_episode)
             if first_query < max(layout.num_support):  # some of these videos are supports of their episode
                 video = torch.arange(first_query, layout.num_videos, device=read.device)
                 is_support = video < torch.tensor(layout.num_support, device=read.device)[:, None]
