@@ -67,17 +67,13 @@ class DmgalQueryModel(nn.Module):
         self.register_buffer("text_embeds", text_embeds)
         self.temperature = model.config.score_temperature if temperature is None else temperature
         self.text_weight = model.config.text_weight if text_weight is None else text_weight
-        # Buffers have no dots in their names. The number of supports is no tensor: it decides what is computed.
-        self.num_support = support.states["num_support"].tolist() if "num_support" in support.states else None
-        self.state_names = [name for name in support.states if name != "num_support"]
+        self.state_names = list(support.states)  # buffers have no dots in their names
         for number, name in enumerate(self.state_names):
             self.register_buffer(f"state_{number}", support.states[name])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(Q, T, 3, H, W)` floating, as the processor gives them -> logits `(Q, N)` float32."""
         states = {name: getattr(self, f"state_{number}") for number, name in enumerate(self.state_names)}
-        if self.num_support is not None:
-            states["num_support"] = torch.tensor(self.num_support)
         support = DmgalSupport(self.features, self.labels, self.way, states)
         pixel_values = pixel_values.to(self.model.dtype)[None]
         output = self.model(query_pixel_values=pixel_values, support=support)

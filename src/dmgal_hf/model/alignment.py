@@ -121,7 +121,8 @@ def class_logits(
         return query.new_full((*query.shape[:2], way), -math.inf, dtype=torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         query, support = query.float(), support.float()
-        weights = F.one_hot(support_labels, way).to(query.dtype)
+        # Not F.one_hot, which reads the labels to check them.
+        weights = (support_labels[..., None] == torch.arange(way, device=query.device)).to(query.dtype)
         counts = weights.sum(1, keepdim=True)
         weights = weights / counts.clamp(min=1)  # (B, S, N)
         if alignment == "mean":

@@ -21,7 +21,7 @@ class DmgalSupport:
         labels (`torch.LongTensor` of shape `(B, S)`): classes 0..way-1.
         way (`int`): number of classes N.
         states (`dict[str, torch.Tensor]`): keys and values that the queries attend to. Each has the patches of all
-            supports, S·P, as its last axis but one; `num_support` `(B,)` is their number. With `text_guidance` also
+            supports, S·P, as its last axis but one. With `text_guidance` also
             `text.videos` `(B, S, E)`, the supports as texts are compared with them.
 
     Example:
@@ -54,14 +54,14 @@ class DmgalSupport:
             if name == "cross.motion" or name.startswith("support."):
                 state = clips[name].movedim((0, 1), (-5, -3)).flatten(-3, -2)  # (..., B, T, S·P, d)
                 states[name.removeprefix("support.")] = state
-        if any(not name.startswith("cross.") for name in states):
-            states["num_support"] = torch.full(labels.shape[:1], labels.shape[1])
         return cls(clips["features"], labels, way, states)
 
     def cache(self) -> SupportCache:
         """What Cmga-Adapters read."""
         states = {name: state for name, state in self.states.items() if not name.startswith(("cross.", "text."))}
-        return SupportCache.from_tensors(states)
+        cache = SupportCache.from_tensors(states)
+        cache.num_support = (self.labels.shape[1],) * self.labels.shape[0]
+        return cache
 
     def to(self, *args, **kwargs) -> "DmgalSupport":
         """As [`torch.Tensor.to`]; a dtype applies to the floating tensors alone."""
@@ -81,23 +81,14 @@ class DmgalSupport:
         states = {
             name: state.unflatten(-2, (num_support, -1)).index_select(-3, index).flatten(-3, -2)
             for name, state in self.states.items()
-            if name != "num_support"
         }
-        if "num_support" in self.states:
-            states["num_support"] = torch.full_like(self.states["num_support"], len(videos))
         features, labels = self.features.index_select(1, index), self.labels.index_select(1, index)
         return replace(self, features=features, labels=labels, states=states)
 
     @classmethod
     def cat(cls, parts: list["DmgalSupport"]) -> "DmgalSupport":
         """All supports of `parts`, which belong to the same B episodes; classes keep their numbers."""
-        states = {
-            name: torch.cat([part.states[name] for part in parts], -2)
-            for name in parts[0].states
-            if name != "num_support"
-        }
-        if "num_support" in parts[0].states:
-            states["num_support"] = sum(part.states["num_support"] for part in parts)
+        states = {name: torch.cat([part.states[name] for part in parts], -2) for name in parts[0].states}
         features = torch.cat([part.features for part in parts], 1)
         labels = torch.cat([part.labels for part in parts], 1)
         return cls(features, labels, max(part.way for part in parts), states)
@@ -116,4 +107,5 @@ class DmgalSupport:
             way = (file.metadata() or {}).get("way")
         if way is None or not {"features", "labels"} <= tensors.keys():
             raise ValueError(f"{os.fspath(path)} holds no supports: write it with DmgalSupport.save().")
+        tensors.pop("num_support", None)  # once written beside them
         return cls(tensors.pop("features"), tensors.pop("labels"), int(way), tensors)

@@ -438,7 +438,7 @@ class DmgalModel(DmgalPreTrainedModel):
         Args:
             support_pixel_values (`torch.FloatTensor` of shape `(B, S, T, 3, H, W)`): supports of B episodes.
             support_labels (`torch.LongTensor` of shape `(B, S)`): their classes, 0..N-1, each at least once.
-            way (`int`, *optional*): N, where some classes have text alone and no clip.
+            way (`int`, *optional*): N, as in [`forward`]; with `text_guidance` some classes may have text alone.
 
         Returns:
             [`DmgalSupport`] to be handed to [`forward`] as `support`.
@@ -466,7 +466,7 @@ class DmgalModel(DmgalPreTrainedModel):
         features, states, _ = self._encode_alone(pixel_values[:, None], cache)  # each an episode of its own
         clips = {"features": features[:, 0]}
         for name, state in states.items():
-            if name not in ("num_support", "text.videos"):
+            if name != "text.videos":
                 clips[name if name == "cross.motion" else f"support.{name}"] = state.movedim(-4, 0)
         if len(cache):
             grid = self._patch_grid(pixel_values.shape[-2:])
@@ -635,6 +635,7 @@ class DmgalModel(DmgalPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        way: int | None = None,
     ) -> DmgalOutput | tuple:
         """
         Scores the queries of B episodes, each as if it were alone.
@@ -657,9 +658,12 @@ class DmgalModel(DmgalPreTrainedModel):
             output_attentions (`bool`, *optional*): also return the attention maps.
             output_hidden_states (`bool`, *optional*): also return the feature maps of the queries.
             return_dict (`bool`, *optional*): `False` returns a plain tuple.
+            way (`int`, *optional*):
+                N. By default it is read from `support_labels`; where these lie on a GPU, the GPU is waited for.
 
         Raises:
-            ValueError: a shape, a dtype, a label or a number of frames does not fit; the message says which.
+            ValueError: a shape, a dtype, a label or a number of frames does not fit; the message says which. Values of
+                labels are looked at on the CPU alone.
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = (
@@ -675,7 +679,7 @@ class DmgalModel(DmgalPreTrainedModel):
             )
         attentions = {}
         if support is None:
-            way = None if text_embeds is None else text_embeds.shape[-2]
+            way = way if text_embeds is None else text_embeds.shape[-2]
             support, attention = self._encode_support(support_pixel_values, support_labels, way)
             attentions["support_self"] = attention
         self._check_query(query_pixel_values, labels, support)
@@ -713,10 +717,9 @@ class DmgalModel(DmgalPreTrainedModel):
             query, support, labels, way, config.alignment, config.cosine_epsilon, config.otam_smoothing
         )
 
-    def _encode_support(self, pixel_values, labels, way: int | None):
-        self._check_support(pixel_values, labels, way)
+    def _encode_support(self, pixel_values, labels, way):
+        way = self._check_support(pixel_values, labels, way)
         features, states, attention = self._encode_alone(pixel_values, SupportCache())
-        way = int(labels.max()) + 1 if way is None else way
         return DmgalSupport(features, labels, way, states), attention
 
     def _encode_alone(self, pixel_values: torch.Tensor, cache: SupportCache):
@@ -727,6 +730,7 @@ class DmgalModel(DmgalPreTrainedModel):
         maps, embeds = self._video_maps(pixel_values, cache)
         maps, attention, _ = self._encode_videos(maps)
         states = cache.tensors()
+        states.pop("num_support", None)  # labels say it
         if embeds is not None:
             states |= {"text.videos": embeds}
         if self.cross_attention is not None:
@@ -839,24 +843,28 @@ class DmgalModel(DmgalPreTrainedModel):
                 f"num_frames={self.config.num_frames}."
             )
 
-    def _check_support(self, pixel_values: torch.Tensor, labels: torch.Tensor | None, way: int | None):
+    def _check_support(self, pixel_values: torch.Tensor, labels: torch.Tensor | None, way: int | None) -> int:
+        """Returns the way."""
         self._check_videos("support_pixel_values", pixel_values)
         _check_labels("support_labels", labels, pixel_values)
-        if torch.compiler.is_compiling():
-            return
-        if int(labels.min()) < 0:
-            raise ValueError(f"support_labels must be 0 or more, got {int(labels.min())}.")
-        if way is not None:
-            if int(labels.max()) >= way:
-                raise ValueError(f"support_labels must lie in 0..{way - 1}, got {int(labels.max())}.")
-            return
-        present = F.one_hot(labels).any(1)  # (B, N)
-        if not present.all():
-            episode, missing = (~present).nonzero()[0].tolist()
-            raise ValueError(
-                f"support_labels must use every class from 0 to {present.shape[1] - 1}: episode {episode} has no "
-                f"support of class {missing}. Number its classes without gaps."
-            )
+        if torch.compiler.is_compiling() or labels.device.type != "cpu":
+            way = int(labels.max()) + 1 if way is None else way
+            torch._check(way >= 1)
+            return way
+        episodes = labels.tolist()
+        lowest, highest = min(map(min, episodes)), max(map(max, episodes))
+        if lowest < 0:
+            raise ValueError(f"support_labels must be 0 or more, got {lowest}.")
+        given, way = way is not None, highest + 1 if way is None else way
+        if highest >= way:
+            raise ValueError(f"support_labels must lie in 0..{way - 1}, got {highest}.")
+        for number, classes in enumerate(() if self.config.text_guidance and given else map(set, episodes)):
+            if missing := set(range(way)) - classes:
+                raise ValueError(
+                    f"support_labels must use every class from 0 to {way - 1}: episode {number} has no support of "
+                    f"class {min(missing)}. Number its classes without gaps."
+                )
+        return way
 
     def _check_query(self, pixel_values: torch.Tensor, labels: torch.Tensor | None, support: DmgalSupport):
         self._check_videos("query_pixel_values", pixel_values)
@@ -869,9 +877,10 @@ class DmgalModel(DmgalPreTrainedModel):
         if labels is None:
             return
         _check_labels("labels", labels, pixel_values)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or labels.device.type != "cpu":
             return
-        lowest, highest = int(labels.min()), int(labels.max())
+        numbers = [number for of_episode in labels.tolist() for number in of_episode]
+        lowest, highest = min(numbers), max(numbers)
         if lowest < 0 or highest >= support.way:
             raise ValueError(
                 f"labels must lie in 0..{support.way - 1}, the classes of the supports, got {lowest}..{highest}."
