@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -443,7 +444,9 @@ class DmgalModel(DmgalPreTrainedModel):
         Returns:
             [`DmgalSupport`] to be handed to [`forward`] as `support`.
         """
-        return self._encode_support(support_pixel_values, support_labels, way)[0]
+        way = self._check_support(support_pixel_values, support_labels, way)
+        features, states, _ = self._encode_alone(support_pixel_values, SupportCache())
+        return DmgalSupport(features, support_labels, way, states)
 
     def encode_clips(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """
@@ -677,15 +680,24 @@ class DmgalModel(DmgalPreTrainedModel):
                 "Pass either support_pixel_values with support_labels, or support from encode_support(): got "
                 f"{'neither' if support is None else 'both'}."
             )
-        attentions = {}
+        attentions, maps = {}, None
         if support is None:
             way = way if text_embeds is None else text_embeds.shape[-2]
-            support, attention = self._encode_support(support_pixel_values, support_labels, way)
-            attentions["support_self"] = attention
-        self._check_query(query_pixel_values, labels, support)
+            way = self._check_support(support_pixel_values, support_labels, way)
+            self._check_query(query_pixel_values, labels, support_pixel_values.shape, way)
+            if self._may_go_together(support_pixel_values, query_pixel_values):
+                support, maps, query_embeds = self._encode_together(
+                    support_pixel_values, support_labels, query_pixel_values, way
+                )
+            else:
+                features, states, attentions["support_self"] = self._encode_alone(support_pixel_values, SupportCache())
+                support = DmgalSupport(features, support_labels, way, states)
+        else:
+            self._check_query(query_pixel_values, labels, support.features.shape, support.way)
         self._check_text(text_embeds, support)
 
-        maps, query_embeds = self._video_maps(query_pixel_values, support.cache())
+        if maps is None:
+            maps, query_embeds = self._video_maps(query_pixel_values, support.cache())
         maps, attentions["query_self"], hidden_states = self._encode_videos(
             maps, may_fold=not (self.training or output_hidden_states)
         )
@@ -717,10 +729,24 @@ class DmgalModel(DmgalPreTrainedModel):
             query, support, labels, way, config.alignment, config.cosine_epsilon, config.otam_smoothing
         )
 
-    def _encode_support(self, pixel_values, labels, way):
-        way = self._check_support(pixel_values, labels, way)
-        features, states, attention = self._encode_alone(pixel_values, SupportCache())
-        return DmgalSupport(features, labels, way, states), attention
+    def _may_go_together(self, support_pixel_values: torch.Tensor, query_pixel_values: torch.Tensor) -> bool:
+        """
+        In training, where a frozen backbone sees every video for itself: half the launches, and larger products. (The
+        statistics of a backbone that trains are those of supports and queries apart.)
+        """
+        frozen = self.training and self.config.paradigm == "adapter"
+        return frozen and support_pixel_values.shape[2:] == query_pixel_values.shape[2:]
+
+    def _encode_together(self, support_pixel_values, labels, query_pixel_values, way):
+        """
+        Supports and queries through the backbone in one pass: the supports, of which nothing is kept for other
+        queries, and the maps and embeddings of the queries.
+        """
+        num_support = support_pixel_values.shape[1]
+        maps, embeds = self._video_maps(torch.cat([support_pixel_values, query_pixel_values], 1), None, num_support)
+        states = {} if embeds is None else {"text.videos": embeds[:, :num_support]}
+        support = DmgalSupport(maps[:, :num_support].mean((-1, -2)), labels, way, states)
+        return support, maps[:, num_support:], None if embeds is None else embeds[:, num_support:]
 
     def _encode_alone(self, pixel_values: torch.Tensor, cache: SupportCache):
         """
@@ -740,15 +766,18 @@ class DmgalModel(DmgalPreTrainedModel):
             features = maps.mean((-1, -2))
         return features, states, attention
 
-    def _video_maps(self, pixel_values: torch.Tensor, cache: SupportCache) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _video_maps(
+        self, pixel_values: torch.Tensor, cache: SupportCache | None, num_support: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         (B, V, T, 3, H, W) -> the backbone's maps (B, V, T, C, h, w), and embeddings (B, V, E) to be compared with
         texts, `None` without `text_guidance`.
 
         A video's do not depend on its episode, but where Cmga-Adapters sit in the backbone: with an empty cache the
-        videos are supports and fill it, else they are queries and read it.
+        videos are supports and fill it, with a full one they are queries and read it, and without one the first
+        `num_support` of an episode are its supports.
         """
-        maps, pooled = self._backbone_maps(pixel_values.flatten(0, 2), pixel_values.shape[:3], cache)
+        maps, pooled = self._backbone_maps(pixel_values.flatten(0, 2), pixel_values.shape[:3], cache, num_support)
         return maps, None if pooled is None else self.embed_videos(pooled.unflatten(0, pixel_values.shape[:3]))
 
     def _encode_videos(self, maps: torch.Tensor, may_fold: bool = False):
@@ -787,7 +816,11 @@ class DmgalModel(DmgalPreTrainedModel):
         return size[0] // patch[0], size[1] // patch[1]
 
     def _backbone_maps(
-        self, frames: torch.Tensor, batch: tuple[int, int, int], cache: SupportCache
+        self,
+        frames: torch.Tensor,
+        batch: tuple[int, int, int],
+        cache: SupportCache | None,
+        num_support: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Frames (B·V·T, 3, H, W) of `batch` (B, V, T) -> feature maps (B, V, T, C, h, w); a class token as descriptor is
@@ -800,20 +833,25 @@ class DmgalModel(DmgalPreTrainedModel):
         grid = self._patch_grid(size)
         kwargs = {}
         if any(isinstance(module, MgaLayer) for module in self.backbone.modules()):
-            num_support = (0 if len(cache) else videos,) * episodes
-            kwargs = {"num_frames": num_frames, "num_support": num_support, "patch_grid": grid, "support_cache": cache}
+            if cache is not None:
+                num_support = 0 if len(cache) else videos
+            kwargs = {"num_frames": num_frames, "num_support": (num_support,) * episodes, "patch_grid": grid,
+                      "support_cache": cache}  # fmt: skip
         if getattr(config, "image_size", None) is not None and size != _pair(config.image_size):
             kwargs["interpolate_pos_encoding"] = True
         # Convolutions hand the layout of their input on, and are faster in this one.
-        frames = frames.contiguous(memory_format=torch.channels_last)
+        frames = frames.to(dtype=self.backbone.dtype, memory_format=torch.channels_last)
+        # A backbone that is held in half precision has nothing left for autocast to decide.
+        held = frames.dtype in (torch.bfloat16, torch.float16)
         if config.model_type == "siglip2_vision_model":
             frames, kwargs = _cut_into_patches(frames, _pair(config.patch_size), grid)
-        output = self.backbone(pixel_values=frames, **kwargs)
-        hidden_states, pooled = output.last_hidden_state, None if self.text_head is None else output.pooler_output
+        with torch.autocast(frames.device.type, enabled=False) if held else nullcontext():
+            output = self.backbone(pixel_values=frames, **kwargs)
+            hidden_states, pooled = output.last_hidden_state, None if self.text_head is None else output.pooler_output
+            if config.model_type in _FINAL_NORM_OUTSIDE:
+                hidden_states = self.backbone.post_layernorm(hidden_states)
         if hidden_states.dim() == 4:
             return hidden_states.unflatten(0, batch), pooled
-        if config.model_type in _FINAL_NORM_OUTSIDE:
-            hidden_states = self.backbone.post_layernorm(hidden_states)
         if self.config.frame_pooling == "cls":
             return hidden_states[:, 0, :, None, None].unflatten(0, batch), pooled
         num_prefix_tokens = hidden_states.shape[1] - grid[0] * grid[1]
@@ -866,9 +904,11 @@ class DmgalModel(DmgalPreTrainedModel):
                 )
         return way
 
-    def _check_query(self, pixel_values: torch.Tensor, labels: torch.Tensor | None, support: DmgalSupport):
+    def _check_query(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None, support_shape: torch.Size, way: int
+    ):
         self._check_videos("query_pixel_values", pixel_values)
-        episodes, _, num_frames = support.features.shape[:3]
+        episodes, _, num_frames = support_shape[:3]
         if (pixel_values.shape[0], pixel_values.shape[2]) != (episodes, num_frames):
             raise ValueError(
                 f"query_pixel_values has {pixel_values.shape[0]} episodes of {pixel_values.shape[2]} frames a video, "
@@ -881,10 +921,8 @@ class DmgalModel(DmgalPreTrainedModel):
             return
         numbers = [number for of_episode in labels.tolist() for number in of_episode]
         lowest, highest = min(numbers), max(numbers)
-        if lowest < 0 or highest >= support.way:
-            raise ValueError(
-                f"labels must lie in 0..{support.way - 1}, the classes of the supports, got {lowest}..{highest}."
-            )
+        if lowest < 0 or highest >= way:
+            raise ValueError(f"labels must lie in 0..{way - 1}, the classes of the supports, got {lowest}..{highest}.")
 
     def _check_text(self, text_embeds: torch.Tensor | None, support: DmgalSupport):
         if text_embeds is None:
