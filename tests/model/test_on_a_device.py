@@ -1,0 +1,157 @@
+"""What keeps a GPU busy, as far as a CPU can tell: no host reads, whole graphs, one pass, half precision."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPVisionConfig, DINOv3ViTConfig, ResNetConfig, ViTConfig
+
+from dmgal_hf import DmgalConfig, DmgalModel
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+         "image_size": 32, "patch_size": 8}  # fmt: skip
+RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+KINDS = {
+    "ft": {"backbone_config": RESNET, "motion_reduction": 4},
+    "clip": {"backbone_config": CLIPVisionConfig(**SIZES), "paradigm": "adapter", "adapter_config": {}},
+    # hands no keyword arguments on to its blocks
+    "vit": {
+        "backbone_config": ViTConfig(**SIZES),
+        "paradigm": "adapter",
+        "adapter_config": {"support_pooling": 2},
+        "alignment": "otam",
+        "frame_pooling": "cls",
+    },
+    "dinov3": {
+        "backbone_config": DINOv3ViTConfig(**SIZES, num_register_tokens=3),
+        "paradigm": "adapter",
+        "adapter_config": {},
+        "alignment": "mean",
+    },
+}
+EPISODES = {
+    "support_pixel_values": torch.randn(2, 3, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+    "support_labels": torch.tensor([[0, 1, 1], [1, 0, 0]]),
+    "query_pixel_values": torch.randn(2, 2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+    "labels": torch.tensor([[0, 1], [1, 1]]),
+    "way": 2,
+}
+
+
+def make_model(kind, training=False):
+    """Away from its start, so that supports and queries matter to each other."""
+    torch.manual_seed(0)
+    model = DmgalModel(DmgalConfig(num_frames=4, **KINDS[kind])).train(training)
+    for name, tensor in model.state_dict().items():
+        if "gamma" in name or "mga_adapter" in name:
+            tensor.add_(0.3 * torch.rand_like(tensor))
+    return model
+
+
+def with_kept_supports(model):
+    with torch.no_grad():
+        support = model.encode_support(EPISODES["support_pixel_values"], EPISODES["support_labels"], 2)
+    return {"query_pixel_values": EPISODES["query_pixel_values"], "labels": EPISODES["labels"], "support": support}
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation and its result, and fails where a value comes to the host."""
+
+    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique_dim", "_unique2", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in self.READS, f"{name} waits for the device"
+        result = func(*args, **(kwargs or {}))
+        if torch.is_tensor(result):
+            self.seen.append((name, tuple(result.shape), result.dtype))
+        return result
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_and_a_query_read_no_value(kind, training):
+    model = make_model(kind, training)
+    for inputs in (EPISODES, with_kept_supports(model)):
+        with Operations():
+            loss = model(**inputs).loss
+            loss.backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_forward_is_one_graph(kind):
+    model = make_model(kind, training=True)
+    for inputs in (EPISODES, with_kept_supports(model)):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        results = []
+        for module in (model, compiled):
+            torch.manual_seed(0)  # of the dropout
+            results.append(module(**inputs))
+        torch.testing.assert_close(results[1].logits, results[0].logits)
+        torch.testing.assert_close(results[1].loss, results[0].loss)
+
+
+def test_way_may_be_given_and_must_fit():
+    model = make_model("ft")
+    supports = EPISODES["support_pixel_values"], EPISODES["support_labels"]
+    with torch.no_grad():
+        assert model.encode_support(*supports).way == model.encode_support(*supports, way=2).way == 2
+        with pytest.raises(ValueError, match="use every class from 0 to 2: episode 0 has no support of class 2"):
+            model.encode_support(*supports, way=3)
+        with pytest.raises(ValueError, match=r"must lie in 0..0, as way=1, got 1"):
+            model.encode_support(*supports, way=1)
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit"])
+def test_a_frozen_backbone_sees_supports_and_queries_in_one_pass(kind):
+    model = make_model(kind, training=True)
+    passes = []
+    model.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    together = model(**EPISODES)
+    together.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    support = model.encode_support(EPISODES["support_pixel_values"], EPISODES["support_labels"])
+    apart = model(query_pixel_values=EPISODES["query_pixel_values"], labels=EPISODES["labels"], support=support)
+    apart.loss.backward()
+    assert passes == [2 * 5 * 4, 2 * 3 * 4, 2 * 2 * 4]
+    torch.testing.assert_close(together.logits, apart.logits, atol=1e-5, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit", "dinov3"])
+def test_adapters_put_no_tokens_together_anew(kind):
+    model = make_model(kind, training=True)
+    with Operations() as operations:
+        model(**EPISODES).loss.backward()
+    tokens = 16 + {"clip": 1, "vit": 1, "dinov3": 4}[kind]
+    joins = ("cat", "stack", "slice_scatter")
+    whole = [name for name, shape, _ in operations.seen if name in joins and shape[-2:] == (tokens, 32)]
+    assert len(whole) <= 1  # that of the class token and the patches, before the first block
+
+
+@pytest.mark.parametrize("kind", ["clip", "vit"])
+def test_a_backbone_held_in_bfloat16_computes_in_it_and_so_do_its_adapters(kind):
+    model = make_model(kind)
+    with torch.no_grad():
+        expected = model(**EPISODES).logits
+        for parameter in model.backbone.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+        held = dict(model.named_parameters())
+        with Operations() as operations, torch.autocast("cpu", torch.bfloat16):
+            logits = model(**EPISODES).logits
+    assert {p.dtype for p in held.values() if p.requires_grad} == {torch.float32}
+    products = ("mm", "addmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu")
+    assert {dtype for name, _, dtype in operations.seen if name in products} == {torch.bfloat16}
+    assert logits.dtype == torch.float32
+    # Rounding to 8 bits, of distances summed over 2 x 4 frames.
+    assert (logits - expected).abs().max() < 0.05 and not torch.equal(logits, expected)
