@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, DINOv3ViTConfig, ResNetConfig, ViTConfig
 
 from dmgal_hf import DmgalConfig, DmgalModel
+from dmgal_hf.model.motion_attention import CrossMotionAttention, SelfMotionAttention
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
          "image_size": 32, "patch_size": 8}  # fmt: skip
@@ -155,3 +156,46 @@ def test_a_backbone_held_in_bfloat16_computes_in_it_and_so_do_its_adapters(kind)
     assert logits.dtype == torch.float32
     # Rounding to 8 bits, of distances summed over 2 x 4 frames.
     assert (logits - expected).abs().max() < 0.05 and not torch.equal(logits, expected)
+
+
+class Products(TorchDispatchMode):
+    """Notes, of every product in bfloat16, how far apart the rows (or columns) of each matrix lie in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.strides = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"):
+            matrices = [one for one in (*args[-2:], result) if one.dtype == torch.bfloat16]
+            self.strides += [max(one.stride()[-2:]) for one in matrices]
+        return result
+
+
+def test_products_of_49_patches_have_aligned_rows_in_bfloat16_and_the_same_results():
+    torch.manual_seed(0)
+    config = DmgalConfig(backbone_config=RESNET, motion_reduction=4, num_frames=8, attention_dropout=0.0,
+                         position_dropout=0.0)  # fmt: skip
+    smga, cmga = SelfMotionAttention(config, 64), CrossMotionAttention(config, 64)
+    for module in (smga, cmga):
+        for name, parameter in module.named_parameters():
+            if "gamma" in name:
+                torch.nn.init.constant_(parameter, 0.5)
+    support, query = torch.randn(1, 3, 8, 64, 7, 7), torch.randn(1, 2, 8, 64, 7, 7)
+
+    def describe():
+        supports, queries = (smga(maps[0])[0][None] for maps in (support, query))
+        features, keys = cmga.encode_support(supports)
+        described, _ = cmga.describe(queries, keys)
+        (features.float().square().mean() + described.float().square().mean()).backward()
+        gradients = [parameter.grad.clone() for parameter in (*smga.parameters(), *cmga.parameters())]
+        smga.zero_grad(), cmga.zero_grad()
+        return described.detach().float(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    expected, expected_gradients = describe()
+    with Products() as products, torch.autocast("cpu", torch.bfloat16):
+        described, gradients = describe()
+    assert len(products.strides) > 20 and all(stride % 8 == 0 for stride in products.strides)
+    assert (described - expected).norm() < 0.01 * expected.norm()
+    assert (gradients - expected_gradients).norm() < 0.1 * expected_gradients.norm()

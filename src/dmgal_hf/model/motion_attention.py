@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .configuration_dmgal import DmgalConfig
 
 # Attention scores that C-MGA holds at a time; more queries than that take turns. 2**23 float32 numbers are 32 MiB.
+# A GPU holds four times as many: a training step of 25 supports and 20 queries then computes nothing again.
 SCORES_AT_A_TIME = 2**23
 
 
@@ -27,6 +28,38 @@ def channels_last(maps: torch.Tensor) -> torch.Tensor:
 def patches(frames: torch.Tensor) -> torch.Tensor:
     """(..., C, H, W) -> (..., P, C) with P = H·W; a view of channels-last frames."""
     return frames.flatten(-2).transpose(-1, -2)
+
+
+def aligned(rows: torch.Tensor) -> torch.Tensor:
+    """
+    Rows (..., R, C) as an operand of products. Where these are computed in half precision, the rows are cast to it
+    once and filled up with zeros to a multiple of 8: with 49 patches of a frame, or 1,225 of 25 supports, GPUs would
+    have no fast kernels for them.
+    """
+    device, dtype = rows.device.type, rows.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return rows
+    return F.pad(rows.to(dtype), (0, 0, 0, -rows.shape[-2] % 8))
+
+
+def window_means(maps: torch.Tensor) -> torch.Tensor:
+    """
+    Maps (N, C, H, W) -> (N, 9, C): sums over maps moved by up to one patch, as the nine weights of a padded 3x3
+    convolution see them, divided by P. The fifth is the mean; the means of a depthwise convolution are the sums of
+    these nine, each times its weight.
+    """
+    seen = _seen_by_weights(maps)
+    return torch.bmm(seen.expand(maps.shape[0], -1, -1), patches(maps.contiguous(memory_format=torch.channels_last)))
+
+
+def _seen_by_weights(maps: torch.Tensor) -> torch.Tensor:
+    """(1, 9, P): the patches that each weight of a padded 3x3 convolution sees, as parts of all."""
+    height, width = maps.shape[-2:]
+    part = maps.new_full((1, 1, height, width), 1 / (height * width))
+    seen = F.unfold(part, 3, padding=1).flip(1)
+    return F.pad(seen, (0, -height * width % 8))[..., : height * width]  # rows that begin at multiples of 8
 
 
 @dataclass
@@ -57,22 +90,12 @@ class MixedMaps:
         return hidden + convolution(channels_last(self.frames))
 
     def window_means(self) -> torch.Tensor:
-        """
-        (V·T, C, 3, 3): sums over y moved by up to one patch, as the nine weights of a padded 3x3 convolution see it,
-        divided by P. The middle one is the mean of y; the middle of a depthwise convolution of them is the mean of
-        that convolution of y.
-        """
-        height, width = self.shape[-2:]
-        part = self.frames.new_full((1, 1, height, width), 1 / (height * width))
-        seen = F.unfold(part, 3, padding=1).flip(1)  # (1, 9, P): the patches that a weight sees
-        rows, hidden = (patches(channels_last(maps)) for maps in (self.frames, self.hidden))
-        seen_by_all = seen.expand(rows.shape[0], -1, -1)
-        frames, hidden = torch.bmm(seen_by_all, rows), torch.bmm(seen_by_all, hidden)  # (V·T, 9, C)
+        """(V·T, 9, C), as [`window_means`] of y."""
+        frames, hidden = (window_means(maps.flatten(0, 1)) for maps in (self.frames, self.hidden))
         # As the patches of one tall frame, which is faster than so many of nine.
         tall = hidden.flatten(0, 1)[None, :, None].permute(0, 3, 1, 2)
         hidden = F.conv2d(tall, self.linear.weight[:, :, None, None]).permute(0, 2, 3, 1).reshape(frames.shape)
-        means = frames + hidden + self.linear.bias * seen.sum(2)[..., None]
-        return means.transpose(1, 2).unflatten(2, (3, 3))
+        return frames + hidden + self.linear.bias * _seen_by_weights(self.frames).sum(2)[..., None]
 
 
 class DirectionalBatchNorm(nn.BatchNorm2d):
@@ -247,12 +270,14 @@ class SelfMotionAttention(nn.Module):
         length, width = motion.shape[-2:]
         code = sinusoidal_position_code(length, width, motion.device, motion.dtype)
         motion = self.position_dropout(motion + self.position_scale * code)
-        scores = motion @ (motion.transpose(-1, -2) / math.sqrt(width))
-        return self.attention_dropout(scores.softmax(-1))
+        scores = motion @ (aligned(motion).transpose(-1, -2) / math.sqrt(width))
+        return self.attention_dropout(scores[..., :length].softmax(-1))
 
     def _gather(self, frames: torch.Tensor, attention: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Frames and values (N, P, C), attention (N, P, P) -> (N, P, C). One product: the directions share values."""
-        return torch.baddbmm(frames, self.gamma * attention, values)
+        values = aligned(values)
+        attention = F.pad(self.gamma * attention, (0, values.shape[1] - attention.shape[2]))
+        return torch.baddbmm(frames, attention, values)
 
 
 class TemporalChannelMixer(nn.Module):
@@ -359,7 +384,7 @@ class CrossMotionAttention(nn.Module):
         needs no more than [`describe`], which holds neither.
         """
         motion = self._motion(query)
-        attention = self._attention(motion, keys.motion)  # (B, T, Q·P, S·P)
+        attention = self._attention(motion, keys.motion, keys.values.shape[-2]).mean(0)  # (B, T, Q·P, S·P)
         cross = (attention @ keys.values).unflatten(2, motion.shape[3:5])  # (B, T, Q, P, C)
         cross = cross.permute(0, 2, 1, 4, 3).reshape(query.shape)
         maps = query + self.gamma_self * self._values(query) + self.gamma_cross * cross
@@ -395,15 +420,13 @@ class CrossMotionAttention(nn.Module):
         two.
         """
         if isinstance(query, MixedMaps):
-            motion = self._normalised(self.motion(query), (episodes, -1))
-            means = query.window_means()  # (B·Q·T, C, 3, 3)
-            mean, values = (
-                x[..., 1, 1].unflatten(0, (episodes, -1, query.shape[1])) for x in (means, self.value(means))
-            )
+            motion, num_frames = self._normalised(self.motion(query), (episodes, -1)), query.shape[1]
+            means = query.window_means()
         else:
-            motion = self._motion(query)
-            mean, values = query.mean((-1, -2)), self._values(query).mean((-1, -2))
-        return mean + self.gamma_self * values, motion
+            motion, num_frames = self._motion(query), query.shape[2]
+            means = window_means(query.flatten(0, 2))  # in place of the convolution, of which only means are read
+        values = (means * self.value.weight.flatten(1).t()).sum(1)
+        return (means[:, 4] + self.gamma_self * values).unflatten(0, (episodes, -1, num_frames)), motion
 
     def read(
         self, descriptors: torch.Tensor, motion: torch.Tensor, keys: CrossMotionKeys, output_attentions: bool = False
@@ -418,29 +441,34 @@ class CrossMotionAttention(nn.Module):
             descriptors, motion: from [`encode_query`].
             keys, output_attentions: as in [`describe`].
         """
+        num_keys, maps = keys.values.shape[-2], None
+        key_motion, values = aligned(keys.motion), aligned(keys.values)
         if output_attentions:
-            attention = self._attention(motion, keys.motion)
-            cross = attention.unflatten(2, motion.shape[3:5]).mean(3) @ keys.values
-            attention = self._by_video(attention, motion.shape[4])
+            maps = self._attention(motion, key_motion, num_keys).mean(0)
+            attention = maps.unflatten(2, motion.shape[3:5]).mean(3)
+            maps = self._by_video(maps, motion.shape[4])
         else:
-            attention = None
-            scores_a_query = motion[..., 0, :, 0].numel() * keys.motion.shape[-2]
-            at_a_time = max(SCORES_AT_A_TIME // scores_a_query, 1)
+            scores_a_query = motion[..., 0, :, 0].numel() * num_keys
+            at_a_time = max(SCORES_AT_A_TIME * (1 if motion.device.type == "cpu" else 4) // scores_a_query, 1)
             # A program that is exported for any number of queries has no fixed number of turns.
             turns = [motion] if torch.compiler.is_exporting() else motion.split(at_a_time, dim=3)
-            cross = torch.cat([self._read(turn, keys, again=len(turns) > 1) for turn in turns], 2)
-        return descriptors + self.gamma_cross * cross.transpose(1, 2), attention
+            means = [self._mean_attention(turn, key_motion, num_keys, again=len(turns) > 1) for turn in turns]
+            attention = torch.cat(means, 2)
+        cross = F.pad(attention, (0, values.shape[-2] - num_keys)) @ values
+        return descriptors + self.gamma_cross * cross.transpose(1, 2), maps
 
-    def _read(self, motion: torch.Tensor, keys: CrossMotionKeys, again: bool) -> torch.Tensor:
-        """What queries with this motion read, the mean over their patches: (B, T, Q, C)."""
+    def _mean_attention(
+        self, motion: torch.Tensor, key_motion: torch.Tensor, num_keys: int, again: bool
+    ) -> torch.Tensor:
+        """Where queries with this motion look, the mean over their patches: (B, T, Q, S·P)."""
 
-        def read(motion: torch.Tensor, key_motion: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            attention = self._attention(motion, key_motion)
-            return attention.unflatten(2, motion.shape[3:5]).mean(3) @ values
+        def mean(motion: torch.Tensor, key_motion: torch.Tensor) -> torch.Tensor:
+            attention = self._attention(motion, key_motion, num_keys)
+            return attention.unflatten(3, motion.shape[3:5]).mean((0, 4))
 
         if again and torch.is_grad_enabled():
-            return checkpoint(read, motion, keys.motion, keys.values, use_reentrant=False)
-        return read(motion, keys.motion, keys.values)
+            return checkpoint(mean, motion, key_motion, use_reentrant=False)
+        return mean(motion, key_motion)
 
     def _keys(self, support: torch.Tensor, values: torch.Tensor) -> CrossMotionKeys:
         return CrossMotionKeys(self._motion(support).flatten(3, 4), patches(values).transpose(1, 2).flatten(2, 3))
@@ -456,11 +484,11 @@ class CrossMotionAttention(nn.Module):
         """(directions, B·V, T, c, H, W) -> (directions, B, T, V, P, c)."""
         return self.norm(patches(motion.unflatten(1, videos)).transpose(2, 3))
 
-    def _attention(self, motion: torch.Tensor, key_motion: torch.Tensor) -> torch.Tensor:
-        """(directions, B, T, Q, P, c) and (directions, B, T, S·P, c) -> (B, T, Q·P, S·P), averaged over directions."""
+    def _attention(self, motion: torch.Tensor, key_motion: torch.Tensor, num_keys: int) -> torch.Tensor:
+        """(directions, B, T, Q, P, c) and (directions, B, T, >= S·P, c) -> (directions, B, T, Q·P, S·P)."""
         motion = motion.flatten(3, 4) / math.sqrt(motion.shape[-1])
         scores = motion @ key_motion.transpose(-1, -2)
-        return self.attention_dropout(scores.softmax(-1)).mean(0)
+        return self.attention_dropout(scores[..., :num_keys].softmax(-1))
 
     @staticmethod
     def _by_video(attention: torch.Tensor, num_patches: int) -> torch.Tensor:
