@@ -164,11 +164,12 @@ class EpisodeVideos(torch.utils.data.Dataset):
 
 
 def collate_episodes(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks items of [`EpisodeVideos`] of equal size: (B, ...) tensors, `broken` as one list."""
+    """Stacks items of [`EpisodeVideos`] of equal size: (B, ...) tensors, `broken` as one list, `way` as a number."""
     batch = {
         name: torch.stack([item[name] for item in items]) for name in items[0] if name not in ("episode", "broken")
     }
     batch["episode"] = torch.tensor([item["episode"] for item in items])
+    batch["way"] = int(batch["support_labels"].max()) + 1  # here, where no device has to be waited for
     batch["broken"] = [path for item in items for path in item["broken"]]
     return batch
 

@@ -27,12 +27,14 @@ class PackedEpisodes:
         layout (`list` of `(str, torch.dtype, tuple)`): their names, dtypes and shapes.
         episode (`torch.LongTensor` of shape `(B,)`): index of every episode; it stays on the host, who asks for it.
         broken (`list[str]`): paths of unreadable videos.
+        way (`int`): classes of an episode.
     """
 
     buffer: torch.Tensor
     layout: list[tuple[str, torch.dtype, tuple[int, ...]]]
     episode: torch.Tensor
     broken: list[str]
+    way: int
 
     def pin_memory(self) -> "PackedEpisodes":
         return replace(self, buffer=self.buffer.pin_memory())
@@ -43,7 +45,8 @@ class PackedEpisodes:
         """What [`collate_episodes`] makes of the augmented items, on `device`."""
         sizes = [torch.Size(shape).numel() * dtype.itemsize for _, dtype, shape in self.layout]
         pieces = self.buffer.to(device, non_blocking=True).split(sizes)
-        batch, clips = {"episode": self.episode, "broken": self.broken}, {"support_clips": [], "query_clips": []}
+        batch = {"episode": self.episode, "broken": self.broken, "way": self.way}
+        clips = {"support_clips": [], "query_clips": []}
         for (name, dtype, shape), piece in zip(self.layout, pieces, strict=True):
             if name in clips:
                 clips[name].append(piece.view(shape))
@@ -60,7 +63,7 @@ def pack_episodes(items: Sequence[dict[str, Any]]) -> PackedEpisodes:
     """Items of [`EpisodeVideos`] with `raw=True`, of equal size -> one buffer."""
     names = ("support_clips", "query_clips")
     batch = collate_episodes([{name: item[name] for name in item if name not in names} for item in items])
-    episode, broken = batch.pop("episode"), batch.pop("broken")
+    episode, broken, way = (batch.pop(name) for name in ("episode", "broken", "way"))
     # Numbers of 8 bytes first: a view of them has to begin at a multiple of 8.
     layout = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()]
     pieces = [tensor.flatten().view(torch.uint8) for tensor in batch.values()]
@@ -69,7 +72,7 @@ def pack_episodes(items: Sequence[dict[str, Any]]) -> PackedEpisodes:
             frames = clip.permute(0, 2, 3, 1)  # as decoders leave them, so that this is no copy
             layout.append((name, torch.uint8, tuple(frames.shape)))
             pieces.append(frames.flatten())
-    return PackedEpisodes(torch.cat(pieces), layout, episode, broken)
+    return PackedEpisodes(torch.cat(pieces), layout, episode, broken, way)
 
 
 def _stack(clips: list[torch.Tensor]) -> torch.Tensor:

@@ -129,7 +129,10 @@ class TrainArguments:
     )
     augment: bool = field(default=True, metadata={"help": "The method's colour jitter, gray and erasing of queries."})
     horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the queries."})
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile every kind of block once."})
+    cuda_graphs: bool = field(
+        default=True, metadata={"help": "On one GPU, replay training steps as CUDA graphs; false runs them plainly."}
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
     validate_every: int = field(default=100, metadata={"help": "Training episodes between validations."})
     validation_episodes: int = field(default=100, metadata={"help": "Episodes a validation."})

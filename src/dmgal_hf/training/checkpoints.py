@@ -21,6 +21,7 @@ PROGRESS_FILE = "progress.json"
 FREE_FIELDS = {
     "output_dir", "resume", "num_workers", "cache_dir", "videos", "splits", "prepared", "checkpoint_every",
     "keep_checkpoints", "cpu_threads", "frame_memory", "report_to", "test_episodes", "max_bad_steps", "max_broken",
+    "cuda_graphs",
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from ..data.kept_clips import fingerprint_of_clips
 from ..model.configuration_dmgal import DmgalConfig
 from ..model.modeling_dmgal import DmgalModel
 from ..model.video_processing_dmgal import DmgalVideoProcessor
+from .acceleration import hold_frozen_backbone
 from .arguments import DataArguments, EvaluateArguments
 from .loading import load_videos
 
@@ -215,6 +216,7 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
         model = DmgalModel.from_pretrained(arguments.model)
     else:
         model = DmgalModel.untrained(arguments.model, text_guidance=False)
+    hold_frozen_backbone(model, arguments.mixed_precision)
     model.to(accelerator.device)
     if arguments.episodes is not None:
         lists = [({"episodes": arguments.episodes}, load_episodes(arguments.episodes, labels))]

@@ -39,8 +39,10 @@ from ..data import (
 from ..data.frame_memory import FrameMemory, keep_frames
 from ..hub import render_model_card
 from ..model.configuration_dmgal import DmgalConfig
+from ..model.cuda_graphs import ReplayedCall
 from ..model.modeling_dmgal import DmgalModel, DmgalOutput
 from ..model.video_processing_dmgal import DmgalVideoProcessor
+from .acceleration import compile_regions, hold_frozen_backbone
 from .arguments import DataArguments, ModelArguments, TrainArguments
 from .batch_statistics import BatchStatistics
 from .checkpoints import (
@@ -99,13 +101,14 @@ class EpisodeLearner(nn.Module):
         """That of the model."""
         return self.model.score_clips(*inputs)
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, DmgalOutput]:
+    def forward(self, batch: dict[str, torch.Tensor], way: int | None = None) -> tuple[torch.Tensor, DmgalOutput]:
         """A batch of [`EpisodeVideos`] -> the loss to minimise, and the output of the model."""
         output = self.model(
             support_pixel_values=self.processor.normalize(batch["support_pixel_values"]),
             support_labels=batch["support_labels"],
             query_pixel_values=self.processor.normalize(batch["query_pixel_values"]),
             labels=batch["labels"],
+            way=way,
         )
         loss = output.loss
         if self.class_head is not None:
@@ -218,6 +221,7 @@ class TrainingRun:
         if frames is not None:  # test clips are read once
             of_splits = {split: videos[split] for split in ("train", "validation")}
             self.memories = keep_frames(of_splits, self.processor, arguments.frame_memory, frames)
+        self._hold(network)
         self.network = network
         self.num_trainable = sum(one.numel() for one in network.parameters() if one.requires_grad)
         self.progress = Progress(arguments=fields | {"labelled_videos": _describe_labels(videos)})
@@ -232,8 +236,7 @@ class TrainingRun:
         num_classes = self.videos["train"].features["label"].num_classes
         learner = EpisodeLearner(self.network, self.processor, num_classes, arguments.class_loss_weight)
         if arguments.torch_compile:
-            self.network.compile()
-            self.network.encode_clips = torch.compile(self.network.encode_clips)  # most of validation
+            compile_regions(self.network)
         optimizer = build_optimizer(learner.to(accelerator.device), arguments)
         if accelerator.distributed_type == DistributedType.FSDP:
             shard_by_blocks(accelerator, self.network)
@@ -248,6 +251,23 @@ class TrainingRun:
             self.progress = load_checkpoint(accelerator, self.output_dir, self.progress.arguments)
             self.scheduler.load_state_dict(self.progress.scheduler)
         self.statistics = BatchStatistics(self.learner, accelerator)
+        self.replayed = None
+        alone = accelerator.device.type == "cuda" and accelerator.distributed_type == DistributedType.NO
+        # Checkpointing and the scaler of fp16 read states of the device.
+        if alone and arguments.cuda_graphs and not arguments.gradient_checkpointing and accelerator.scaler is None:
+            for parameter in self._trainable():
+                parameter.grad = torch.zeros_like(parameter)  # a graph writes to the memory it was captured with
+            self.replayed = ReplayedCall(self._loss_and_gradients, self._changed_in_a_step)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
+
+    def _changed_in_a_step(self) -> list[torch.Tensor]:
+        return [*self.learner.buffers(), *(parameter.grad for parameter in self._trainable())]
+
+    def _hold(self, network: DmgalModel):
+        if self.accelerator.distributed_type != DistributedType.FSDP:  # which shards weights of one dtype
+            hold_frozen_backbone(network, self.arguments.mixed_precision)
 
     def _episode_list(self, split: str, number: int) -> Dataset:
         labels = self.videos[split].features["label"]
@@ -330,13 +350,19 @@ class TrainingRun:
     def _forward_backward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, list[str]]:
         # Dropout depends on the episode alone: the same whatever the processes, and after resuming.
         torch.manual_seed(seed_from(self.arguments.seed, f"dropout/{int(batch['episode'][0])}"))
+        tensors = {name: value for name, value in batch.items() if torch.is_tensor(value) and name != "episode"}
         with self.accelerator.accumulate(self.learner):
-            with self.accelerator.autocast():
-                loss, output = self.learner(batch)
-            self.accelerator.backward(loss)
-        accuracy = (output.logits.argmax(-1) == batch["labels"]).float().mean()
+            loss, logits = (self.replayed or self._loss_and_gradients)(tensors)
+        accuracy = (logits.argmax(-1) == batch["labels"]).float().mean()
         broken = torch.full_like(accuracy, len(batch["broken"]))
-        return torch.stack([loss.detach().float(), 100 * accuracy, broken]), batch["broken"]
+        return torch.stack([loss.float(), 100 * accuracy, broken]), batch["broken"]
+
+    def _loss_and_gradients(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and logits of a batch, whose gradients are added to those of the weights."""
+        with self.accelerator.autocast():
+            loss, output = self.learner(batch, way=self.arguments.way)
+        self.accelerator.backward(loss)
+        return loss.detach(), output.logits.detach()
 
     def step(self, batches: Iterator[dict[str, Any]], stop: StopSignal) -> tuple[dict[str, float], float]:
         """
@@ -385,7 +411,7 @@ class TrainingRun:
                 f"After {progress.episodes} episodes the loss is {loss} and the norm of its gradient {norm}: "
                 "the step is left out."
             )
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self.replayed is None)
         self.scheduler.step()
         if progress.bad_in_a_row >= arguments.max_bad_steps:
             raise RuntimeError(
@@ -466,7 +492,7 @@ class TrainingRun:
     def finish(self) -> dict[str, Any]:
         """Tests the model that was best in validation, puts it into `output_dir` and writes metrics.json."""
         accelerator, arguments, progress = self.accelerator, self.arguments, self.progress
-        network = AutoModel.from_pretrained(self.output_dir / "best").to(accelerator.device)
+        network = AutoModel.from_pretrained(self.output_dir / "best")
         if accelerator.is_main_process:
             network.save_pretrained(self.output_dir)
             self.processor.save_pretrained(self.output_dir)
@@ -482,13 +508,14 @@ class TrainingRun:
             "validation": {"accuracy": progress.best_accuracy, "num_episodes": arguments.validation_episodes},
         }
         self._record(metrics)  # before the test, which may find a broken video
+        self._hold(network)
         if self.test is not None:
             metrics["test"] = {
                 "way": arguments.way,
                 "shot": arguments.shot,
                 "query": arguments.test_query,
                 "seed": arguments.seed,
-                **self._evaluate(network, "test", self.test, "Testing"),
+                **self._evaluate(network.to(accelerator.device), "test", self.test, "Testing"),
             }
             self._record(metrics)
         return metrics

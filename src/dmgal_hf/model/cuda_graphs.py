@@ -1,0 +1,86 @@
+"""Calls that a GPU repeats by itself: captured as CUDA graphs, one a shape, and replayed."""
+
+import logging
+from collections.abc import Callable, Iterable
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+MOST_GRAPHS = 8  # each holds the memory of its inputs and outputs; what comes in more shapes runs plainly
+
+
+class ReplayedCall:
+    """
+    A function of CUDA tensors, captured as a CUDA graph when it is called with inputs of the same shapes for the
+    second time, and replayed from then on: one launch in place of thousands, for which the host would be waited for.
+    Shapes that come once run plainly, and so does everything if a capture fails, with one warning that says why.
+
+    The function must do the same for all inputs of a shape and read no value of a tensor. What it changes of the
+    tensors in `state()` it changes in place. Random numbers are those of the plain call: they follow the seed that the
+    default generator has when the call begins.
+
+    Args:
+        function: from a `dict` of tensors to a `tuple` of tensors.
+        state: lists the tensors that the function changes; trying it out before the capture leaves no trace in them.
+        context: returns what a capture is good for, such as the addresses of the weights; another calls for a new one.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]],
+        state: Callable[[], Iterable[torch.Tensor]] = tuple,
+        context: Callable[[], object] = lambda: None,
+    ):
+        self.function, self.state, self.context = function, state, context
+        self.seen: set[object] = set()
+        self.graphs: dict[object, tuple] = {}
+        self.made_for: object = None
+        self.failed = False
+
+    def __call__(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        if self.failed:
+            return self.function(inputs)
+        if (context := self.context()) != self.made_for:
+            self.made_for, self.graphs, self.seen = context, {}, set()
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
+        if shapes not in self.graphs:
+            if shapes not in self.seen or len(self.graphs) == MOST_GRAPHS:
+                self.seen.add(shapes)
+                return self.function(inputs)
+            try:
+                self.graphs[shapes] = self._capture(inputs)
+            except RuntimeError as error:
+                self.failed, self.graphs = True, {}
+                logger.warning(f"No CUDA graph could be captured, so calls run without: {error}")
+                return self.function(inputs)
+        replay, held, outputs = self.graphs[shapes]
+        for name, tensor in inputs.items():
+            held[name].copy_(tensor)
+        replay()
+        return tuple(output.clone() for output in outputs)  # the next replay writes over them
+
+    def _capture(self, inputs: dict[str, torch.Tensor]) -> tuple:
+        """What replays, and the tensors it reads and writes."""
+        held = {name: tensor.clone() for name, tensor in inputs.items()}
+        device = next(iter(held.values())).device
+        changed = list(self.state())
+        before, random_state = [tensor.detach().clone() for tensor in changed], torch.cuda.get_rng_state(device)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        try:
+            # The outer context brings the stream of before back where the capture fails.
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                self.function(held)  # what is set up at a first call must be so before the capture
+                torch.cuda.synchronize(device)
+                graph = torch.cuda.CUDAGraph()
+                # Not "global": the thread that pins the next batch works on.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    outputs = tuple(output.detach() for output in self.function(held))
+        finally:
+            torch.cuda.current_stream(device).wait_stream(stream)
+            torch.cuda.set_rng_state(random_state, device)
+            with torch.no_grad():
+                for tensor, value in zip(changed, before, strict=True):
+                    tensor.copy_(value)
+        return graph.replay, held, outputs

@@ -1,0 +1,94 @@
+"""What makes a run fast on its device: the precision that weights are held in, and blocks compiled by kind."""
+
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..model.modeling_dmgal import DmgalModel
+from ..model.modeling_mga import MgaLayer
+from ..model.motion_attention import CrossMotionAttention, SelfMotionAttention, TemporalChannelMixer
+
+# What of the model is compiled beside the blocks of the backbone, and which of its calls.
+REGIONS = {
+    MgaLayer: ("adapt",),
+    SelfMotionAttention: ("forward",),
+    TemporalChannelMixer: ("forward", "mix"),
+    CrossMotionAttention: ("encode_support", "describe"),
+}
+
+
+def hold_frozen_backbone(network: DmgalModel, mixed_precision: str) -> None:
+    """
+    With "bf16", holds the weights of a frozen backbone in bfloat16. It then runs in bfloat16 and without autocast, and
+    its MGA adapters compute in bfloat16 from weights that stay float32. The state dict of the network has all weights
+    in the dtype they came in, to the last bit, and takes them back so: nothing that is saved changes.
+
+    Left to autocast: a backbone that trains, whose float32 weights are the master weights; one with adapters of
+    another kind (LoRA), which compute in the dtype of their own weights; and float16, whose gradients need scaling.
+
+    Args:
+        network ([`DmgalModel`]): is changed in place, before it goes to its device.
+        mixed_precision (`str`): "no", "fp16" or "bf16".
+    """
+    backbone = network.backbone
+    foreign = any(isinstance(part, BaseTunerLayer) and not isinstance(part, MgaLayer) for part in backbone.modules())
+    if mixed_precision != "bf16" or network.config.paradigm != "adapter" or foreign:
+        return
+    kept: dict[str, torch.Tensor] = {}
+    for name, parameter, module in _parameters(backbone):
+        # A batch norm takes frames of another dtype than its own.
+        if parameter.dtype == torch.float32 and not parameter.requires_grad and not isinstance(module, _BatchNorm):
+            kept[name] = parameter.data
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+    def give_back(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict) -> None:
+        state.update({prefix + name: tensor for name, tensor in kept.items()})
+
+    def take(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_) -> None:
+        kept.update({name: state[prefix + name].to("cpu", copy=True) for name in kept if prefix + name in state})
+
+    backbone.register_state_dict_post_hook(give_back)
+    backbone.register_load_state_dict_pre_hook(take)
+
+
+def _blocks(backbone: nn.Module) -> Iterator[nn.Module]:
+    """Transformer blocks, or the blocks of the stages of a convolutional network."""
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == getattr(backbone.config, "num_hidden_layers", None):
+            yield from (block.get_base_layer() if isinstance(block, BaseTunerLayer) else block for block in module)
+        elif type(module).__name__.endswith("Stage"):
+            yield from module.layers
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{prefix}.{name}" if prefix else name, parameter, module
+
+
+def compile_regions(network: DmgalModel) -> None:
+    """
+    Has `torch.compile` make kernels for every kind of block once, when it is first called with a shape: the blocks of
+    the backbone (of a ResNet those of its stages), MGA adapters, S-MGA, the mixer and C-MGA. What lies between them is
+    little, and as many blocks of one kind as there are share their kernels, so that compiling takes a fraction of the
+    time that the whole model would.
+
+    Dropout then has masks of its own, drawn from the same seeds: a compiled run does not repeat the losses of a plain
+    one where there is dropout (C-MGA and S-MGA have 0.1, of which nothing is seen while their gains are still 0).
+
+    Args:
+        network ([`DmgalModel`]): is changed in place; its weights and their names stay.
+    """
+    # A kind has versions for its widths, for supports and queries, for training and validation.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    regions = [(block, ("forward",)) for block in _blocks(network.backbone)]
+    regions += [
+        (module, calls) for module in network.modules() for kind, calls in REGIONS.items() if isinstance(module, kind)
+    ]
+    for module, calls in regions:
+        for call in calls:
+            # A frozen shape: an episode has the same in every step.
+            setattr(module, call, torch.compile(getattr(module, call), dynamic=False))
