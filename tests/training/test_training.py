@@ -281,7 +281,6 @@ def test_compiled_run_has_the_losses_of_the_plain_one_and_resumes(config, tmp_pa
     plain = run(config("plain", **fields))
     counters.clear()
     compiled = run(config("compiled", **fields, torch_compile=True))
-    # In front of the number of classes, which is read, and behind it; in training and in validation.
     assert counters["stats"]["unique_graphs"] == 2  # the one block of the backbone, in training and in validation
     folder, last = tmp_path / "compiled", tmp_path / "compiled" / "checkpoints" / "episode-000000008"
     kept = load_file(last / "model.safetensors"), load_file(folder / "model.safetensors")

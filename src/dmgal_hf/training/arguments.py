@@ -131,7 +131,7 @@ class TrainArguments:
     horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the queries."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile every kind of block once."})
     cuda_graphs: bool = field(
-        default=True, metadata={"help": "On one GPU, replay training steps as CUDA graphs; false runs them plainly."}
+        default=False, metadata={"help": "On one GPU, replay training steps as CUDA graphs; not with fp16."}
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
     validate_every: int = field(default=100, metadata={"help": "Training episodes between validations."})

@@ -39,7 +39,6 @@ from ..data import (
 from ..data.frame_memory import FrameMemory, keep_frames
 from ..hub import render_model_card
 from ..model.configuration_dmgal import DmgalConfig
-from ..model.cuda_graphs import ReplayedCall
 from ..model.modeling_dmgal import DmgalModel, DmgalOutput
 from ..model.video_processing_dmgal import DmgalVideoProcessor
 from .acceleration import compile_regions, hold_frozen_backbone
@@ -53,6 +52,7 @@ from .checkpoints import (
     save_checkpoint,
     write_aside,
 )
+from .cuda_graphs import ReplayedCall
 from .evaluation import evaluate_episodes, format_accuracy, to_json
 
 logger = get_logger(__name__)

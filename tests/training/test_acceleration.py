@@ -1,0 +1,180 @@
+"""Precision, compiled blocks and replayed steps of a run: nothing of it shows in what is saved or computed."""
+
+import functools
+import logging
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, ResNetConfig
+
+from dmgal_hf import DmgalConfig, DmgalModel
+from dmgal_hf.training.acceleration import compile_regions, hold_frozen_backbone
+from dmgal_hf.training.cuda_graphs import ReplayedCall
+
+CLIP = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
+RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+
+
+def make_model(layers=2, **fields):
+    torch.manual_seed(0)
+    fields = fields or {
+        "backbone_config": CLIPVisionConfig(**CLIP, num_hidden_layers=layers),
+        "paradigm": "adapter",
+        "adapter_config": {},
+    }
+    return DmgalModel(DmgalConfig(num_frames=4, **fields))
+
+
+def make_episode(seed=0):
+    videos = torch.randn(1, 6, 4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return {"support_pixel_values": videos[:, :2], "support_labels": torch.tensor([[0, 1]]),
+            "query_pixel_values": videos[:, 2:], "labels": torch.tensor([[0, 1, 1, 0]]), "way": 2}  # fmt: skip
+
+
+def test_a_frozen_backbone_is_held_in_bfloat16_and_gives_back_what_came():
+    model, other = make_model(), make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hold_frozen_backbone(model, "bf16")
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    # Another state is taken over to the last bit too, and computed with.
+    state = {name: tensor + 0.1 if tensor.is_floating_point() else tensor for name, tensor in before.items()}
+    model.load_state_dict(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    other.load_state_dict(state)
+    weight = "backbone.encoder.layers.0.base_layer.mlp.fc1.weight"
+    assert torch.equal(model.get_parameter(weight), other.get_parameter(weight).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("precision", "fields"),
+    [
+        ("no", {}),
+        ("fp16", {}),
+        ("bf16", {"backbone_config": RESNET, "motion_reduction": 4}),
+        ("bf16", {"backbone_config": CLIPVisionConfig(**CLIP, num_hidden_layers=2), "paradigm": "adapter",
+                  "adapter_config": {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}}),
+    ],
+)  # fmt: skip
+def test_what_is_left_to_autocast(precision, fields):
+    model = make_model(**fields)
+    hold_frozen_backbone(model, precision)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_adapters_learn_on_a_backbone_held_in_bfloat16():
+    model = make_model()
+    hold_frozen_backbone(model, "bf16")
+    optimizer = torch.optim.AdamW([one for one in model.train().parameters() if one.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = model(**make_episode()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def count_graphs(monkeypatch, layers):
+    """Graphs that compiled blocks of a model take, and the loss, which is that of the plain model."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = make_model(layers).train()
+    expected = model(**make_episode()).loss
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+        compile_regions(model)
+    loss = model(**make_episode()).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    return len(graphs)
+
+
+def test_all_blocks_of_a_kind_share_what_is_compiled(monkeypatch):
+    assert count_graphs(monkeypatch, 4) == count_graphs(monkeypatch, 6)
+
+
+class ReplayedOnTheCpu(ReplayedCall):
+    """A replay computes anew, and writes to the same memory as a graph would."""
+
+    captures = 0
+
+    def _capture(self, inputs):
+        self.captures += 1
+        held = {name: tensor.clone() for name, tensor in inputs.items()}
+        outputs = tuple(output.clone() for output in self.function(held))
+
+        def replay():
+            for output, value in zip(outputs, self.function(held)):
+                output.copy_(value)
+
+        return replay, held, outputs
+
+
+def test_a_call_is_captured_when_a_shape_comes_again_and_its_results_are_kept():
+    context = [0]
+    call = ReplayedOnTheCpu(lambda inputs: (2 * inputs["x"],), context=lambda: context[0])
+    results = [call({"x": torch.full((2,), float(number))})[0] for number in range(4)]
+    assert [result.tolist() for result in results] == [[0, 0], [2, 2], [4, 4], [6, 6]] and call.captures == 1
+    call({"x": torch.zeros(3)})
+    assert call.captures == 1
+    context[0] = 1  # other weights
+    call({"x": torch.zeros(2)})
+    assert call.captures == 1
+    call({"x": torch.zeros(2)})
+    assert call.captures == 2
+
+
+def test_a_call_that_cannot_be_captured_runs_plainly_and_says_so_once(monkeypatch, caplog):
+    call = ReplayedCall(lambda inputs: (2 * inputs["x"],))
+
+    def fail(inputs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(call, "_capture", fail)
+    with caplog.at_level(logging.WARNING):
+        results = [call({"x": torch.ones(1) * number})[0].item() for number in range(4)]
+    assert results == [0, 2, 4, 6]
+    assert [record.message.count("not permitted when stream is capturing") for record in caplog.records] == [1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device to capture a graph on")
+@pytest.mark.parametrize("kind", ["adapter", "ft"])
+def test_replayed_steps_on_a_gpu_equal_plain_ones(kind):
+    results = []
+    for replayed in (False, True):
+        fields = {} if kind == "adapter" else {"backbone_config": RESNET, "motion_reduction": 4}
+        model = make_model(**fields).cuda().train()
+        trainable = [one for one in model.parameters() if one.requires_grad]
+        for one in trainable:
+            one.grad = torch.zeros_like(one)
+
+        def step(inputs, model=model):
+            loss = model(**inputs, way=2).loss
+            loss.backward()
+            return (loss.detach(),)
+
+        changed = [*model.buffers(), *(one.grad for one in trainable)]
+        call = ReplayedCall(step, changed.copy) if replayed else step
+        losses = []
+        for number in range(5):
+            inputs = {name: value.cuda() for name, value in make_episode(number).items() if torch.is_tensor(value)}
+            torch.manual_seed(number)
+            losses.append(call(inputs)[0])
+            with torch.no_grad():
+                for one in trainable:
+                    one -= 0.01 * one.grad
+                    one.grad.zero_()
+        assert not replayed or (len(call.graphs) == 1 and not call.failed)
+        results.append((torch.stack(losses), {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-4, rtol=1e-4)
+    for name, tensor in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], tensor, atol=1e-3, rtol=1e-3)
