@@ -92,7 +92,7 @@ def test_resizing_before_the_colours_stays_a_rounding(device):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    return load_motion_shapes(clips_per_class=3, cache_dir=tmp_path_factory.mktemp("shapes"), num_proc=1)["train"]
+    return load_motion_shapes(clips_per_class=5, cache_dir=tmp_path_factory.mktemp("shapes"), num_proc=1)["train"]
 
 
 def loaded(videos, raw, num_workers=0, resize=112, device="cpu"):
@@ -118,7 +118,8 @@ def test_episodes_for_a_gpu_are_those_of_the_workers(videos, num_workers, device
     for one, other in zip(plain, raw, strict=True):
         assert one.keys() == other.keys() and one["broken"] == other["broken"] == []
         assert other["episode"].device.type == "cpu"  # read on the host at every step
-        for name in one.keys() - {"broken"}:
+        assert one["way"] == other["way"] == 3
+        for name in one.keys() - {"broken", "way"}:
             assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name].cpu())
 
 

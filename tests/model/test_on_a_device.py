@@ -103,7 +103,7 @@ def test_way_may_be_given_and_must_fit():
         assert model.encode_support(*supports).way == model.encode_support(*supports, way=2).way == 2
         with pytest.raises(ValueError, match="use every class from 0 to 2: episode 0 has no support of class 2"):
             model.encode_support(*supports, way=3)
-        with pytest.raises(ValueError, match=r"must lie in 0..0, as way=1, got 1"):
+        with pytest.raises(ValueError, match=r"support_labels must lie in 0..0, got 1"):
             model.encode_support(*supports, way=1)
 
 

@@ -1,5 +1,4 @@
 import copy
-import inspect
 import io
 import json
 import pickle
@@ -175,7 +174,7 @@ def test_episode_has_what_the_model_takes(processor, videos, frames):
     support = {"wave": [videos[1], videos[2]], "clap": pictures, 7: [videos[0]]}
     episode = processor(support=support, query=[videos[2], frames])
     assert set(episode) == {"support_pixel_values", "support_labels", "query_pixel_values"}
-    assert set(episode) <= set(inspect.signature(DmgalModel.forward).parameters)
+    assert set(episode) <= set(DmgalModel.forward.__code__.co_varnames)  # its signature is for transformers.Trainer
     assert episode["support_labels"].tolist() == [[0, 0, 1, 2]] and episode["support_labels"].dtype == torch.int64
     expected = processor([videos[1], videos[2], frames, videos[0]]).pixel_values[None]
     torch.testing.assert_close(episode["support_pixel_values"], expected, atol=2 / 255 / 0.225, rtol=0)
