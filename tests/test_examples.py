@@ -32,6 +32,7 @@ def clips(tmp_path, monkeypatch):
             container.mux(stream.encode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLIC)
 def test_example(name):
     # A fence would be taken for a line of what is printed.

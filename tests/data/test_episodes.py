@@ -111,6 +111,7 @@ def test_bounded_draw_is_unbiased():
     assert episodes_module._draw_below(iter([2**63 + 1, 2**63]), 2**63 + 1) == 2**63
 
 
+@pytest.mark.slow
 def test_every_class_clip_and_order_is_equally_likely():
     labels = [0, 1, 2, 3] * 3
     source = EpisodeSource(labels, way=2, shot=1, query=1, seed=9)
@@ -242,6 +243,7 @@ def episodes():
     return sample_episodes(LABELS, way=3, shot=2, query=1, num_episodes=12, seed=8)
 
 
+@pytest.mark.slow
 def test_saved_lists_come_back(episodes, tmp_path):
     name = episodes_id(episodes)
     episodes.save_to_disk(tmp_path / "saved")
@@ -272,6 +274,7 @@ print(episodes_id(load_episodes("org/episodes", labels)))
 """
 
 
+@pytest.mark.slow
 def test_a_list_comes_back_from_the_hub(tmp_path, monkeypatch):
     with LocalHub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
@@ -372,6 +375,7 @@ def test_broken_lists(changes, message):
         check_episodes(own_list(**changes), LABELS)
 
 
+@pytest.mark.slow
 def test_one_class_under_two_labels_is_refused():
     episode = {"support": [0, 1, 7], "support_labels": [0, 1, 2], "query": [8], "query_labels": [1]}
     assert [LABELS[row] for row in (0, 1, 7, 8)] == [3, 0, 3, 0]
@@ -379,6 +383,7 @@ def test_one_class_under_two_labels_is_refused():
         check_episodes(Dataset.from_list([episode]), LABELS)
 
 
+@pytest.mark.slow
 def test_columns_of_other_kinds():
     with pytest.raises(ValueError, match=r"lacks the column\(s\) query_labels; it has support, support_labels, query"):
         check_episodes(own_list().remove_columns("query_labels"), LABELS)
@@ -390,6 +395,7 @@ def test_columns_of_other_kinds():
         check_episodes(own_list().select([]), LABELS)
 
 
+@pytest.mark.slow
 def test_the_check_finds_what_a_clip_by_clip_check_finds():
     rng = np.random.default_rng(0)
     labels = [0, 1, 2, 0, 1, 2]

@@ -71,6 +71,7 @@ def after_reading(video, seed):
     return generator.get_state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augmentations, raw", [(None, False), (AUGMENTATIONS, False), (AUGMENTATIONS, True)])
 def test_episodes_are_the_same_with_several_workers(videos, folder, augmentations, raw):
     (folder / "no.mp4").write_text("no video")

@@ -346,6 +346,7 @@ def without_places(output):
     }
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_where_it_stopped(tmp_path):
     root, output = make_videos(tmp_path / "videos", num_frames=6), tmp_path / "out"
     long = write_clip(root / "test" / "kick" / "long 0.avi", 5, 400, codec="mpeg4")

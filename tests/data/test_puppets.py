@@ -125,6 +125,7 @@ def probe_accuracy(features, labels, held_out):
     return ((x[held_out] @ weights).argmax(1) == labels[held_out]).mean()
 
 
+@pytest.mark.slow
 def test_only_the_order_of_the_frames_tells_the_variants_apart():
     """
     On true joint positions, seen by the camera: the same linear probe is near chance on single frames and on sets of

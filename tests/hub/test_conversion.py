@@ -15,6 +15,7 @@ def save_official(tmp_path, state, **others):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_whole_models_reproduce_the_authors_logits(tmp_path, arch):
     golden = LOGITS[arch]

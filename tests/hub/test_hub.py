@@ -207,6 +207,7 @@ def test_with_dmgal_hf_its_own_classes_load(pushed, client, repo_id):
     assert client(logits_of, repo_id) == logits_of(CHECKPOINT)
 
 
+@pytest.mark.slow
 def test_without_dmgal_hf_the_shipped_source_gives_the_same(pushed, client, home):
     environment = os.environ | {"HF_ENDPOINT": pushed.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     # Without the site module no .pth file is read, so that an editable install lies on no path.
@@ -226,6 +227,7 @@ def test_without_dmgal_hf_the_shipped_source_gives_the_same(pushed, client, home
     assert all(logits == logits_of(CHECKPOINT) for logits in report.values())
 
 
+@pytest.mark.slow
 def test_offline_with_a_warm_cache(pushed, client, home):
     expected = client(logits_of, "org/run")
     with client_process(pushed, home, HF_HUB_OFFLINE="1") as offline:
@@ -344,6 +346,7 @@ def load_adapters():
     return {name: [adapted(model) for model in models] for name, models in loaded.items()}
 
 
+@pytest.mark.slow
 def test_adapters_alone(hub, client, tmp_path):
     expected, loaded = client(push_adapters, tmp_path), client(load_adapters)
     for name, outputs in loaded.items():
@@ -541,6 +544,7 @@ def push_and_load_motion_shapes(repo_id, cache_dir):
     return same
 
 
+@pytest.mark.slow
 def test_motion_shapes_with_their_videos(hub, client, tmp_path):
     same = client(push_and_load_motion_shapes, "org/motion-shapes", tmp_path)
     assert len(same) == 36 and all(same)
@@ -555,6 +559,7 @@ def push_and_list_puppets(repo_id, cache_dir):
     return {split: len(videos) for split, videos in load_dataset(repo_id).items()}
 
 
+@pytest.mark.slow
 def test_puppets_come_with_a_card_of_their_own(hub, client, tmp_path):
     sizes = client(push_and_list_puppets, "org/puppets", tmp_path)
     card = DatasetCard(hub.files("org/puppets", "datasets")["README.md"].decode())

@@ -43,6 +43,7 @@ def test_the_card_tells_of_text(tmp_path, model):
     assert "text tower" not in render_model_card(CHECKPOINT).content
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_its_own_text_tower_is_whole_on_the_hub(tmp_path, model):
     """Pushed, loaded by its source alone without dmgal_hf, and its class names embedded as before."""
     folder = save(model, tmp_path / "whole", with_text_tower=True)

@@ -148,6 +148,7 @@ def test_page_refuses_large_files_and_ends_without_leavings(page):
             assert error.code == status
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="needs Debian's packages chromium and chromium-driver")
 def test_page_in_a_browser(page, classifier, clips, tmp_path):
     names = NAMES[:2]

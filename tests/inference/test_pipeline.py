@@ -431,6 +431,7 @@ assert again(query) == classifier(query)
 """
 
 
+@pytest.mark.slow
 def test_support_set_on_the_hub(tmp_path, checkpoint, videos, classes):
     with LocalHub() as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"),
@@ -821,6 +822,7 @@ def test_predict_script(tmp_path, checkpoint, videos, classes, monkeypatch, caps
     assert code == 0 and of_url[0].split()[1:] == again[0].split()[1:]
 
 
+@pytest.mark.slow
 def test_importing_dmgal_hf_does_not_import_datasets():
     """It takes longer than all the rest, and who classifies files does not need it before the first fit."""
     code = "import sys, dmgal_hf; sys.exit('datasets' in sys.modules)"

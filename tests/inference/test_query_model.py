@@ -45,6 +45,7 @@ def make_case(kind):
     return DmgalQueryModel(model, model.encode_support(videos[None, :5], LABELS)), videos[5:], expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ft", "vit", "lora"])
 def test_export(tmp_path, kind):
     queries, videos, expected = make_case(kind)
@@ -57,6 +58,7 @@ def test_export(tmp_path, kind):
             torch.testing.assert_close(loaded(videos[some]), expected[some], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ft", "clip"])
 def test_onnx(tmp_path, kind):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install onnx onnxscript onnxruntime")
@@ -69,6 +71,7 @@ def test_onnx(tmp_path, kind):
     torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ft", "clip"])
 def test_compile_takes_it_whole(kind):
     queries, videos, expected = make_case(kind)

@@ -108,6 +108,7 @@ def both_logits(classifier, classes, query):
     return by_clips, classifier.model(**episode, text_embeds=text_embeds).text_logits[0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, *ONE_TOWER])
 def test_any_public_backbone_by_its_folder(tmp_path, family, classes, videos):
     save_backbone(tmp_path, family)
@@ -177,6 +178,7 @@ def test_fields_of_the_model_are_kept_with_the_supports(tmp_path, clip, classes,
     assert 'from_pretrained("org/x", model="FOLDER_OR_ID")' in support_card("org/x", None, {"a": 1})
 
 
+@pytest.mark.slow
 def test_over_the_hub_and_then_without_it(hub, tmp_path, classes, videos):
     """By id, as the README's first example; then offline from the cache; a pushed support set names the backbone."""
     save_towers(tmp_path / "clip", "clip")
@@ -239,6 +241,7 @@ def test_weights_of_text(classifier, classes, videos):
     assert by_label(classifier(videos[7])) == pytest.approx(dict(zip(classes, scores.tolist())), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_text_costs_the_text_tower_once_and_a_product_a_query(classifier, classes, videos, monkeypatch):
     towers, passes = [], []
     load = modeling_dmgal.load_text_tower
@@ -260,6 +263,7 @@ def test_text_costs_the_text_tower_once_and_a_product_a_query(classifier, classe
     assert len(passes) == 1 and sum(frames) == 9 * 8
 
 
+@pytest.mark.slow
 def test_descriptions(classifier, classes, videos):
     classifier.fit(classes)
     plain = classifier._current.text_embeds
@@ -272,6 +276,7 @@ def test_descriptions(classifier, classes, videos):
         classifier.fit(classes, descriptions={"lift": "a hand"}, text_weight=0)
 
 
+@pytest.mark.slow
 def test_classes_of_text_alone(tmp_path, classifier, classes, videos):
     """Some without clips, and all without: then the scores are those of the two towers alone."""
     some = {**classes, "pull_right": []}
@@ -305,6 +310,7 @@ def test_classes_of_text_alone(tmp_path, classifier, classes, videos):
         classifier.fit({**classes, "lift": []}, text_weight=0)
 
 
+@pytest.mark.slow
 def test_adding_and_removing_classes_with_text(classifier, classes, videos):
     expected = classifier.fit(classes)(videos[7])
     classifier.fit({label: classes[label] for label in ("push left", "pull_right")})
@@ -349,6 +355,7 @@ def test_unknown_beside_text(classifier, classes, videos):
     assert by_label(classifier(videos[7])) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_streams_and_query_models_with_text(classifier, classes, tmp_path):
     long_video = write_video(tmp_path / "long.mp4", 50, frames=32, fps=8)
     classifier.fit(classes)
@@ -386,6 +393,7 @@ def test_text_where_there_is_none(tmp_path, classifier, classes, videos):
     assert classifier._current is fitted and classifier.text_weight == 0  # nothing has changed
 
 
+@pytest.mark.slow
 def test_predict_from_the_command_line(clip, classes, videos, tmp_path):
     for label, clips in classes.items():
         for number, path in enumerate(clips):
@@ -403,6 +411,7 @@ def test_predict_from_the_command_line(clip, classes, videos, tmp_path):
         assert by_label(answer["predictions"]) == pytest.approx(by_label(expected), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_pictures_and_the_page_of_an_untrained_backbone(clip, classes, videos, tmp_path):
     """The scores on the sheet are those of the answer, with text."""
     from dmgal_hf.inference.demo import classify

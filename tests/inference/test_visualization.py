@@ -362,6 +362,7 @@ def write_video(path, frames):
         container.mux(stream.encode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paradigm", ["ft", "adapter"])
 def test_script_writes_pictures(tmp_path, monkeypatch, capsys, paradigm):
     for number, name in enumerate(["push/0", "push/1", "pull/0", "query"]):

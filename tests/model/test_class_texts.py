@@ -124,6 +124,7 @@ def test_a_class_of_text_alone(towers_folder, alignment):
     torch.testing.assert_close(output.logits.log_softmax(-1), expected.log_softmax(-1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoints_hold_the_head_and_name_the_text_tower_or_hold_it(tmp_path, family):
@@ -159,6 +160,7 @@ def test_paradigm_ft_trains_all_but_the_head_of_the_texts(towers_folder, tmp_pat
     assert model.backbone.encoder.layers[0].mlp.fc1.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_with_texts(towers_folder, tmp_path):
     with pytest.raises(ValueError, match="'resnet' has none: leave text_guidance"):
         DmgalModel(DmgalConfig(text_guidance=True))

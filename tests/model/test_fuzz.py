@@ -18,6 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 
 from dmgal_hf.model.video_decoding import VideoDecodeError, probe_video, read_frames
@@ -263,6 +264,7 @@ def faults(counts: dict[str, Counter]) -> list[str]:
     return [f"{name}: {result}" for name, results in counts.items() for result in results if "FAULT" in result]
 
 
+@pytest.mark.slow
 def test_damaged_files_are_read_or_refused():
     counts = run(number=300, seed=0)
     assert not faults(counts)

@@ -82,6 +82,7 @@ def test_a_step_and_a_query_read_no_value(kind, training):
             loss.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_whole_forward_is_one_graph(kind):
     model = make_model(kind, training=True)

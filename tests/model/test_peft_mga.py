@@ -200,6 +200,7 @@ def test_a_video_of_one_frame_has_no_motion_but_gradients_for_every_weight():
 # In the five families of backbones.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_adapter_changes_no_bit(family):
     model = backbone(family)
@@ -364,6 +365,7 @@ def test_models_that_do_not_hand_keywords_on():
         restored(videos.flatten(0, 1), num_frames=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [adapted, plain_transformer], ids=["clip", "plain"])
 def test_calls_in_several_threads_keep_their_facts(make):
     model = make(num_frames=2)

@@ -326,6 +326,7 @@ def test_half_precision(videos, dtype):
         assert nn.functional.cosine_similarity(got.float().flatten(), expected.flatten(), dim=0) > 0.99
 
 
+@pytest.mark.slow
 def test_compiled_without_a_graph_break(videos):
     model = adapted(support_pooling=2)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -365,6 +366,7 @@ def train_in_a_process(rank, rendezvous, videos, outcome):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's file rendezvous needs a POSIX path")
 def test_two_processes_average_the_gradients_of_two_episodes(tmp_path, videos):
     mp.spawn(train_in_a_process, (tmp_path / "rendezvous", videos, tmp_path / "gradients.pt"), nprocs=2)

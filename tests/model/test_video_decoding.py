@@ -890,6 +890,7 @@ def test_packed_b_frames_of_a_long_clip(tmp_path, monkeypatch):
     assert_reads_as(path, decode_all(path))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """Half a GB of raw video, read in a process of its own."""
     images = [np.full((960, 1280, 3), number, np.uint8) for number in range(2)]

@@ -406,6 +406,7 @@ AutoProcessor.from_pretrained(folder + "/again", trust_remote_code=True)
 """
 
 
+@pytest.mark.slow
 def test_loads_as_remote_code_without_the_package(tmp_path, videos, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(DmgalVideoProcessor, "_auto_class", None)

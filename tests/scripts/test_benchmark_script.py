@@ -52,6 +52,7 @@ def check_structure(result, part, printed):
         assert skipped in printed
 
 
+@pytest.mark.slow
 def test_head(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "head", tmp_path)
     check_structure(result, "head", capsys.readouterr().out)
@@ -62,6 +63,7 @@ def test_head(benchmark, tmp_path, capsys):
     assert any("--reference" in skipped for skipped in result["parts"]["head"]["skipped"])
 
 
+@pytest.mark.slow
 def test_growth(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "growth", tmp_path, "--plot", str(tmp_path / "growth.png"))
     check_structure(result, "growth", capsys.readouterr().out)
@@ -76,6 +78,7 @@ def test_growth(benchmark, tmp_path, capsys):
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_adapter(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "adapter", tmp_path)
     check_structure(result, "adapter", capsys.readouterr().out)
@@ -86,6 +89,7 @@ def test_adapter(benchmark, tmp_path, capsys):
         assert rows["MGA adapters"]["difference"] == 0  # a fresh adapter is the identity
 
 
+@pytest.mark.slow
 def test_support(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "support", tmp_path)
     check_structure(result, "support", capsys.readouterr().out)
@@ -99,6 +103,7 @@ def test_support(benchmark, tmp_path, capsys):
         assert "difference" not in rows["the backbone on one video"]
 
 
+@pytest.mark.slow
 def test_data(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "data", tmp_path, "--folder", str(tmp_path / "made"))
     check_structure(result, "data", capsys.readouterr().out)
@@ -113,6 +118,7 @@ def test_data(benchmark, tmp_path, capsys):
     assert groups["data loader over episodes"]["2 workers"]["difference"] == 0
 
 
+@pytest.mark.slow
 def test_train(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "train", tmp_path)
     check_structure(result, "train", capsys.readouterr().out)
@@ -154,6 +160,7 @@ print(measure_memory("g|c", [Group("g", [Contender("c", prepare)])], "cpu"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be set back on Linux alone")
 def test_memory_is_what_the_call_adds_at_its_peak():
     done = subprocess.run([sys.executable, "-c", MEASURED, str(SCRIPT.parent)], capture_output=True, text=True)
@@ -161,6 +168,7 @@ def test_memory_is_what_the_call_adds_at_its_peak():
     assert int(done.stdout) == pytest.approx(40 << 20, abs=4 << 20)
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(benchmark):
     arguments = measuring.BenchmarkArguments(only=["head"], small=True, threads=1)
     assert measuring.memory_of_its_own_process("C-MGA alone: forward|plain PyTorch", arguments) > 0
@@ -212,6 +220,7 @@ def test_bad_options(benchmark, argv, message):
         parse_arguments((measuring.BenchmarkArguments,), argv)
 
 
+@pytest.mark.slow
 def test_feed(benchmark, tmp_path, capsys):
     result, groups = run_part(benchmark, "feed", tmp_path, "--folder", str(tmp_path / "made"))
     check_structure(result, "feed", capsys.readouterr().out)

@@ -98,6 +98,7 @@ def count_graphs(monkeypatch, layers):
     return len(graphs)
 
 
+@pytest.mark.slow
 def test_all_blocks_of_a_kind_share_what_is_compiled(monkeypatch):
     assert count_graphs(monkeypatch, 4) == count_graphs(monkeypatch, 6)
 

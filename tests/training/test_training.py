@@ -107,6 +107,7 @@ def test_a_run_leaves_a_model_and_its_records(finished, cache_dir, capsys):
     assert "loaded again as DmgalModel and DmgalVideoProcessor" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_changes_what_it_should(config):
     """Ten times the same few clips: the loss must fall."""
     metrics = run(config(num_episodes=60, episodes_per_step=1, validate_every=60, test_episodes=0, query=2, shot=1,
@@ -125,6 +126,7 @@ def start_and_wait_for_checkpoint(command, output_dir, episodes):
     return process
 
 
+@pytest.mark.slow
 def test_kept_frames_change_nothing_and_are_gone_at_the_end(finished, config, tmp_path, monkeypatch):
     """The finished run kept them: one without, and one with workers that share them, have the same updates."""
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
@@ -136,6 +138,7 @@ def test_kept_frames_change_nothing_and_are_gone_at_the_end(finished, config, tm
     assert list((tmp_path / "home" / "dmgal_hf" / "frames").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("episodes", [2, 4])
 def test_resumed_after_kill_equals_uninterrupted(finished, config, tmp_path, episodes):
     path = config("killed")
@@ -147,6 +150,7 @@ def test_resumed_after_kill_equals_uninterrupted(finished, config, tmp_path, epi
     assert_same_end(tmp_path / "killed", finished[0])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_first(finished, config, tmp_path):
     path = config("stopped", checkpoint_every=8, validate_every=8)
     script = [sys.executable, str(SCRIPTS / "train.py"), "--config", str(path), "--validate_every", "2"]
@@ -203,6 +207,7 @@ def test_a_run_of_two_processes_goes_on_with_one(finished, finished_by_two, conf
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_resumed_after_kill_equal_uninterrupted(finished_by_two, config, tmp_path):
     """The launcher and one of its processes die at a moment drawn by chance; the other goes by itself."""
     draw = random.Random(0)
@@ -229,6 +234,7 @@ def test_two_processes_resumed_after_kill_equal_uninterrupted(finished_by_two, c
     assert_same_end(out, finished_by_two[0])
 
 
+@pytest.mark.slow
 def test_processes_of_a_killed_launcher_save_and_end(config, tmp_path):
     """They would train on unseen, and keep `--resume` out. One process is enough for a launcher of several."""
     out = tmp_path / "orphaned"
@@ -249,6 +255,7 @@ def test_processes_of_a_killed_launcher_save_and_end(config, tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_fsdp_makes_the_same_updates_saves_whole_models_and_resumes(finished, config, tmp_path):
     """As --use_fsdp does on GPUs: torch shards on CPUs too, where accelerate does not look for it."""
     path, out = config("sharded", validate_every=8), tmp_path / "sharded"
@@ -273,6 +280,7 @@ def test_fsdp_makes_the_same_updates_saves_whole_models_and_resumes(finished, co
     assert not list((out / "best").glob("_fsdp*"))  # source of torch, were the class FSDP's
 
 
+@pytest.mark.slow
 def test_compiled_run_has_the_losses_of_the_plain_one_and_resumes(config, tmp_path, tmp_path_factory, monkeypatch):
     """The real compiler on a network of few kernels: each costs a second of g++."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
@@ -298,6 +306,7 @@ def test_compiled_run_has_the_losses_of_the_plain_one_and_resumes(config, tmp_pa
     assert all(torch.equal(tensor, kept[0][name]) for name, tensor in weights(folder).items())
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_same_with_several_processes_and_several_episodes_at_once(finished, cache_dir, tmp_path):
     options = ["--model", str(finished[0]), "--cache_dir", cache_dir, "--clips_per_class", "3", "--num_workers", "0",
                "--way", "3", "--shot", "1", "2", "--num_episodes", "7"]  # fmt: skip
@@ -405,6 +414,7 @@ def test_a_signal_ends_validation_at_once(capsys):
     assert exit.value.code == 128 + signal.SIGTERM and "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ablation(config, cache_dir, tmp_path, capsys):
     backbone = {"model_type": "vit", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
                 "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
@@ -489,6 +499,7 @@ class TestBadInput:
         with pytest.raises(FileNotFoundError, match=r"nothing to resume.*leave out --resume"):
             run(config("empty"), "--resume")
 
+    @pytest.mark.slow
     def test_incomplete_checkpoint(self, config, tmp_path):
         path = config("incomplete", test_episodes=0)
         run(path)
@@ -500,6 +511,7 @@ class TestBadInput:
         with pytest.raises(FileNotFoundError, match=r"best is missing, the best model of this run: put it back"):
             run(path, "--resume")
 
+    @pytest.mark.slow
     def test_more_processes_than_episodes(self, config):
         result = subprocess.run(
             command(config("many"), "--episodes_per_step", "1", processes=2),
