@@ -76,8 +76,8 @@ def compile_regions(network: DmgalModel) -> None:
     little, and as many blocks of one kind as there are share their kernels, so that compiling takes a fraction of the
     time that the whole model would.
 
-    Dropout then has masks of its own, drawn from the same seeds: a compiled run does not repeat the losses of a plain
-    one where there is dropout (C-MGA and S-MGA have 0.1, of which nothing is seen while their gains are still 0).
+    A compiled run need not repeat the losses of a plain one: compare compiled runs with compiled ones. (Whether it is
+    dropout, whose masks torch's compiler may draw otherwise, has not been examined.)
 
     Args:
         network ([`DmgalModel`]): is changed in place; its weights and their names stay.
