@@ -22,7 +22,7 @@ from av.stream import Disposition
 from PIL import Image, ImageOps
 
 from dmgal_hf.inference.streaming import decode_in_order
-from dmgal_hf.model import video_decoding, video_files
+from dmgal_hf.model import video_files, video_packets
 from dmgal_hf.model.reading_limits import LIMITS
 from dmgal_hf.model.video_decoding import VideoDecodeError, probe_video, read_frames, read_frames_at, segment_indices
 
@@ -734,7 +734,7 @@ def test_whatever_a_reader_raises_becomes_one_error(tmp_path, monkeypatch):
         def fail(*args, error=error, **kwargs):
             raise error
 
-        monkeypatch.setattr(video_decoding.av, "open", fail)
+        monkeypatch.setattr(av, "open", fail)
         for read in (read_frames, probe_video, lambda video: read_frames_at(video, [0])):
             with pytest.raises(VideoDecodeError, match=rf"a\.mp4: .*{type(error).__name__}") as caught:
                 read(path)
@@ -880,13 +880,13 @@ LONG = ["h264.mp4", "h264_b_frames.avi", "h264.ts", "vp9.webm", "mpeg4_b_frames.
 @pytest.mark.parametrize("name", LONG)
 def test_packets_of_a_long_clip_are_read_again(tmp_path, name, monkeypatch):
     path = write(tmp_path / name, **STREAMS[name])
-    monkeypatch.setattr(video_decoding, "_KEPT_BYTES", 2000)
+    monkeypatch.setattr(video_packets, "_KEPT_BYTES", 2000)
     assert_reads_as(path, decode_all(path))
 
 
 def test_packed_b_frames_of_a_long_clip(tmp_path, monkeypatch):
     path = write_packed(tmp_path / "xvid.avi", 2)
-    monkeypatch.setattr(video_decoding, "_KEPT_BYTES", 2000)
+    monkeypatch.setattr(video_packets, "_KEPT_BYTES", 2000)
     assert_reads_as(path, decode_all(path))
 
 

@@ -19,8 +19,10 @@ from av.video.reformatter import VideoReformatter
 from ..model.modeling_dmgal import DmgalModel, DmgalSupport
 from ..model.reading_limits import VideoDecodeError, one_error
 from ..model.still_pictures import video_behind_picture
-from ..model.video_decoding import _orientation, _oriented, _to_rgb, decode_packet
-from ..model.video_files import URL, check_whole, ffmpeg_errors, open_video
+from ..model.video_files import URL, ffmpeg_errors, open_video
+from ..model.video_pixels import upright_rgb
+from ..model.video_stream import decode_packet
+from ..model.whole_files import check_whole
 
 FRAMES_TOGETHER = 16  # in one pass through the backbone: more cost memory and are not faster
 
@@ -76,7 +78,7 @@ class Picture:
 
     def clip(self) -> torch.Tensor:
         """(1, 3, H, W) uint8, as `read_frames` gives it."""
-        rgb = _oriented(_to_rgb(self.frame, self.reformatter), _orientation(self.frame))
+        rgb = upright_rgb(self.frame, self.reformatter)
         return torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None]
 
 
