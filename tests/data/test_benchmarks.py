@@ -487,6 +487,16 @@ def test_drawn_splits_share_no_class_and_lose_no_video(tmp_path):
     assert list(load_video_folder(tmp_path, fractions=(0, 0.5, 0.5))) == ["validation", "test"]
 
 
+def test_without_validation_its_classes_train_and_those_of_the_test_stay(tmp_path):
+    touch(tmp_path, *(f"class {index}/{clip}.mp4" for index in range(15) for clip in range(2)))
+    three, two = load_video_folder(tmp_path), load_video_folder(tmp_path, validation=False)
+    assert list(two) == ["train", "test"] and two["test"]["video_id"][:] == three["test"]["video_id"][:]
+    both = three["train"]["video_id"][:] + three["validation"]["video_id"][:]
+    assert sorted(two["train"]["video_id"][:]) == sorted(both)
+    names = two["train"].features["label"].names
+    assert [names[label] for label in two["train"]["label"]] == [id.split("/")[0] for id in two["train"]["video_id"]]
+
+
 def test_the_division_does_not_depend_on_the_order_of_files(tmp_path):
     names = [f"{letter}/{clip}.mp4" for letter in "abcdefgh" for clip in range(3)]
     touch(tmp_path / "one", *names)

@@ -103,7 +103,10 @@ def load_benchmark(
 
 
 def load_video_folder(
-    root: str | os.PathLike, seed: int = 0, fractions: Sequence[float] = (0.64, 0.12, 0.24)
+    root: str | os.PathLike,
+    seed: int = 0,
+    fractions: Sequence[float] = (0.64, 0.12, 0.24),
+    validation: bool = True,
 ) -> DatasetDict:
     """A folder of videos sorted into classes, without any list.
 
@@ -121,6 +124,9 @@ def load_video_folder(
         root (`str` or `os.PathLike`): the folder, or a zip archive, or `FILE.zip#/folder` inside one.
         seed (`int`): which division of the classes. Not used where the folder has splits.
         fractions (`Sequence[float]`): shares of train, validation and test. Not used where the folder has splits.
+        validation (`bool`):
+            `False` has the classes that would validate train; those of the test are the same. Not used where the
+            folder has splits.
 
     Returns:
         `datasets.DatasetDict`: one dataset a split; classes sorted within a split, rows by path. `video_id` is the
@@ -138,6 +144,8 @@ def load_video_folder(
         class_folders = _given_splits(root, folders)
     else:
         drawn = draw_class_split(folders, seed, fractions)
+        if not validation:
+            drawn["train"] = sorted(drawn.get("train", []) + drawn.pop("validation", []))
         class_folders = {
             split: {name: os.path.join(root, name) for name in class_names} for split, class_names in drawn.items()
         }

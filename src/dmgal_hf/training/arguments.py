@@ -134,9 +134,21 @@ class TrainArguments:
         default=False, metadata={"help": "On one GPU, replay training steps as CUDA graphs; not with fp16."}
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
+    validation: str = field(
+        default="split",
+        metadata={
+            "help": "split, or none: the last weights are the result, and of a folder that is divided here the "
+            "classes of that split train, too."
+        },
+    )
     validate_every: int = field(default=100, metadata={"help": "Training episodes between validations."})
     validation_episodes: int = field(default=100, metadata={"help": "Episodes a validation."})
+    validation_way: int | None = field(
+        default=None,
+        metadata={"help": "Classes an episode of validation; by default as many as there are, up to way."},
+    )
     test_episodes: int = field(default=200, metadata={"help": "Test episodes at the end; 0 leaves the test out."})
+    test_way: int | None = field(default=None, metadata={"help": "The same of the test."})
     test_query: int = field(default=1, metadata={"help": "Queries a class in validation and test."})
     cpu_threads: int | None = field(
         default=None, metadata={"help": "Threads of a process that trains on the CPU (accelerate launch gives it 1)."}
@@ -166,6 +178,8 @@ class TrainArguments:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.validation not in ("split", "none"):
+            raise ValueError(f"validation must be split or none, got {self.validation!r}.")
         if self.test_episodes < 0:
             raise ValueError(f"test_episodes must be at least 0, got {self.test_episodes}.")
         if not 0 <= self.frame_memory <= 1:

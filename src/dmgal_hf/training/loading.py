@@ -1,6 +1,6 @@
 """The dataset that a command line names."""
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from ..data.benchmarks import load_benchmark, load_video_folder
 from ..data.motion_shapes import load_motion_shapes
@@ -12,8 +12,11 @@ from .arguments import DataArguments
 MADE_UP = {"motion_shapes": load_motion_shapes, "puppets": load_puppets}
 
 
-def load_videos(arguments: DataArguments) -> DatasetDict:
-    """The dataset that `arguments` name, with splits `train`, `validation` and `test` of disjoint classes."""
+def load_videos(arguments: DataArguments, validation: bool = True) -> DatasetDict:
+    """
+    The dataset that `arguments` name, with splits `train`, `validation` and `test` of disjoint classes; `validation`
+    as in [`load_video_folder`].
+    """
     if arguments.prepared is not None:
         return load_prepared(arguments.prepared, arguments.resize)
     if arguments.dataset in MADE_UP:
@@ -24,7 +27,12 @@ def load_videos(arguments: DataArguments) -> DatasetDict:
     if arguments.videos is None:
         raise ValueError(f"dataset {arguments.dataset!r} needs videos: the folder or zip archive that holds them.")
     if arguments.dataset == "folder":
-        return load_video_folder(arguments.videos)
+        return load_video_folder(arguments.videos, validation=validation)
     return load_benchmark(
         arguments.dataset, arguments.videos, arguments.splits, arguments.class_labels, arguments.allow_missing
     )
+
+
+def num_classes(videos: Dataset) -> int:
+    """Classes that have a video."""
+    return len(videos.unique("label"))

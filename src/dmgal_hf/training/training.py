@@ -13,6 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
+from datasets import DatasetDict
 from huggingface_hub import constants
 from transformers import AutoModel, AutoProcessor
 
@@ -26,7 +27,7 @@ from .checkpoints import (
     replace_file,
 )
 from .evaluation import format_accuracy
-from .loading import load_videos
+from .loading import load_videos, num_classes
 from .training_run import TrainingRun, build_accelerator
 
 logger = get_logger(__name__)
@@ -34,7 +35,9 @@ logger = get_logger(__name__)
 
 def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments) -> dict[str, Any]:
     """
-    Trains on the base classes, keeps the model that is best on the validation classes, and tests it on novel ones.
+    Trains on the base classes, keeps the model that is best on the validation classes, and tests it on novel ones. A
+    split of one class, of which no episode can be drawn, is left out and said so; without validation the last weights
+    are the result.
 
     The run is a pure function of its arguments: every episode, every augmentation and every dropout mask is drawn
     from the seed and the number of the episode, whatever the number of processes and workers, and whether the run was
@@ -65,14 +68,10 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
             "remove that folder."
         )
     with accelerator.local_main_process_first():
-        videos = load_videos(data)
+        videos, notes = load_splits(data, arguments)
+    for note in notes:
+        accelerator.print(note)
     fields = run_fields(data, model, arguments)
-    for split in ("train", "validation", *(["test"] if arguments.test_episodes else [])):
-        if split not in videos:
-            raise ValueError(
-                f"the dataset has no split {split!r}, only {', '.join(videos)}: add it (test_episodes=0 does without "
-                "a test split)."
-            )
     with keep_others_out(output_dir, accelerator), folder_for_frames(output_dir, accelerator) as frames:
         run = TrainingRun(accelerator, data, model, arguments, videos, fields, frames)
         if accelerator.is_main_process:
@@ -88,6 +87,36 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
     del run
     accelerator.free_memory()
     return metrics
+
+
+def load_splits(data: DataArguments, arguments: TrainArguments) -> tuple[DatasetDict, list[str]]:
+    """
+    The splits that take part in a run, and a sentence for each that cannot: an episode needs two classes.
+
+    Raises:
+        ValueError: a split that was not left out is missing.
+    """
+    validates, notes = arguments.validation == "split", []
+    videos = load_videos(data, validates)
+    for split in ("train", *["validation"] * validates, *["test"] * (arguments.test_episodes > 0)):
+        if split not in videos:
+            raise ValueError(
+                f"the dataset has no split {split!r}, only {', '.join(videos)}: add it, or do without (validation "
+                "none, test_episodes 0)."
+            )
+    if validates and num_classes(videos["validation"]) < 2:
+        videos, validates = load_videos(data, validation=False), False
+        notes.append(
+            "The validation split has one class, too few for an episode: as with validation none, the last weights "
+            f"are the result, and {num_classes(videos['train'])} classes train."
+        )
+    if not validates:
+        videos.pop("validation", None)
+    if "test" in videos and num_classes(videos["test"]) < 2:
+        del videos["test"]
+        if arguments.test_episodes:
+            notes.append("The test split has one class, too few for an episode: the model is not tested.")
+    return videos, notes
 
 
 @contextmanager
@@ -118,18 +147,20 @@ def describe_result(data: DataArguments, model: ModelArguments, arguments: Train
     output_dir = Path(arguments.output_dir)
     metrics = json.loads((output_dir / "metrics.json").read_text())
     network, processor = AutoModel.from_pretrained(output_dir), AutoProcessor.from_pretrained(output_dir)
-    videos = load_videos(data)["test"]
-    names = videos.features["label"].names
-    episode = EpisodeSource(videos["label"], arguments.way, arguments.shot, 1, arguments.seed)[0]
-    support = {names[videos[row]["label"]]: [] for row in episode["support"]}
-    for row in episode["support"]:
-        support[names[videos[row]["label"]]].append(videos[row]["video"])
-    clip = videos[episode["query"][0]]
-    inputs = processor(support=support, query=[clip["video"]])
-    with torch.no_grad():
-        logits = network(**inputs).logits[0, 0]
     print(f"saved in {output_dir}, loaded again as {type(network).__name__} and {type(processor).__name__}")
-    print(f"{clip['video']['path']} shows {names[clip['label']]!r}; the model says {list(support)[logits.argmax()]!r}")
+    videos = load_videos(data).get("test")
+    if videos is not None and (way := min(arguments.test_way or arguments.way, num_classes(videos))) > 1:
+        names = videos.features["label"].names
+        episode = EpisodeSource(videos["label"], way, arguments.shot, 1, arguments.seed)[0]
+        support = {names[videos[row]["label"]]: [] for row in episode["support"]}
+        for row in episode["support"]:
+            support[names[videos[row]["label"]]].append(videos[row]["video"])
+        clip = videos[episode["query"][0]]
+        inputs = processor(support=support, query=[clip["video"]])
+        with torch.no_grad():
+            logits = network(**inputs).logits[0, 0]
+        answer = list(support)[logits.argmax()]
+        print(f"{clip['video']['path']} shows {names[clip['label']]!r}; the model says {answer!r}")
     if "test" in metrics:
         test = metrics["test"]
         print(

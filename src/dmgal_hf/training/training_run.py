@@ -54,6 +54,7 @@ from .checkpoints import (
 )
 from .cuda_graphs import ReplayedCall
 from .evaluation import evaluate_episodes, format_accuracy, to_json
+from .loading import num_classes
 
 logger = get_logger(__name__)
 
@@ -205,9 +206,10 @@ class TrainingRun:
                 videos["train"]["label"], arguments.way, arguments.shot, arguments.query, arguments.seed,
                 videos["train"].features["label"].names,
             )  # fmt: skip
-        self.validation = self._episode_list("validation", arguments.validation_episodes)
         # Drawn now: what does not fit is to be known before hours of training.
-        self.test = self._episode_list("test", arguments.test_episodes) if arguments.test_episodes else None
+        self.ways: dict[str, int] = {}
+        self.validation = self._episode_list("validation", arguments.validation_episodes)
+        self.test = self._episode_list("test", arguments.test_episodes)
         set_seed(arguments.seed)
         network, self.processor = build_model(model, data)
         if arguments.gradient_checkpointing:
@@ -219,7 +221,7 @@ class TrainingRun:
             network.gradient_checkpointing_enable({"use_reentrant": False})
         self.memories: dict[str, FrameMemory] = {}
         if frames is not None:  # test clips are read once
-            of_splits = {split: videos[split] for split in ("train", "validation")}
+            of_splits = {split: videos[split] for split in ("train", "validation") if split in videos}
             self.memories = keep_frames(of_splits, self.processor, arguments.frame_memory, frames)
         self._hold(network)
         self.network = network
@@ -269,12 +271,22 @@ class TrainingRun:
         if self.accelerator.distributed_type != DistributedType.FSDP:  # which shards weights of one dtype
             hold_frozen_backbone(network, self.arguments.mixed_precision)
 
-    def _episode_list(self, split: str, number: int) -> Dataset:
+    def _way(self, split: str) -> int:
+        way, classes = self.arguments.way, num_classes(self.videos[split])
+        given = getattr(self.arguments, f"{split}_way")
+        if given is None and classes < way:
+            self.accelerator.print(f"Episodes of the split {split} have {classes} classes, as many as there are.")
+        return min(way, classes) if given is None else given
+
+    def _episode_list(self, split: str, number: int) -> Dataset | None:
+        if split not in self.videos or number == 0:
+            return None
         labels = self.videos[split].features["label"]
+        self.ways[split] = self._way(split)
         with _naming(split):
             return sample_episodes(
-                self.videos[split]["label"], self.arguments.way, self.arguments.shot, self.arguments.test_query,
-                number, self.arguments.seed, labels.names,
+                self.videos[split]["label"], self.ways[split], self.arguments.shot, self.arguments.test_query, number,
+                self.arguments.seed, labels.names,
             )  # fmt: skip
 
     def _loader(self) -> Iterable[dict[str, Any]]:
@@ -439,7 +451,9 @@ class TrainingRun:
         """What is due after a step: a resumable state, the end on request, validation."""
         arguments, progress = self.arguments, self.progress
         done, step = progress.episodes == arguments.num_episodes, arguments.episodes_per_step
-        progress.validation_due = done or _passed(progress.episodes, arguments.validate_every, step)
+        progress.validation_due = done or (
+            self.validation is not None and _passed(progress.episodes, arguments.validate_every, step)
+        )
         # Validation may take longer than a pre-empted run is given: the state is saved before it.
         if progress.validation_due or stop.agreed or _passed(progress.episodes, arguments.checkpoint_every, step):
             progress.scheduler = self.scheduler.state_dict()
@@ -451,8 +465,13 @@ class TrainingRun:
                 self._validate()
 
     def _validate(self):
+        progress = self.progress
+        progress.validation_due = False
+        if self.validation is None:
+            self._keep_model()
+            return
         metrics = self._evaluate(self.learner, "validation", self.validation, "Validating")
-        accuracy, progress = metrics["accuracy"], self.progress
+        accuracy = metrics["accuracy"]
         self.accelerator.log({"validation_accuracy": accuracy}, step=progress.episodes)
         if self.num_trainable:
             self.learner.train()
@@ -463,9 +482,13 @@ class TrainingRun:
                 f"episode {progress.episodes}: validation accuracy {result} ({metrics['num_episodes']} episodes)"
             )
         if accuracy > progress.best_accuracy:
-            self._save_model(self.output_dir / "best")
-            progress.best_accuracy, progress.best_episodes = accuracy, progress.episodes
-        progress.validation_due = False
+            progress.best_accuracy = accuracy
+            self._keep_model()
+
+    def _keep_model(self):
+        """Makes these weights the result so far: the best in validation or, without, the last."""
+        self._save_model(self.output_dir / "best")
+        self.progress.best_episodes = self.progress.episodes
 
     def _evaluate(self, model: nn.Module, split: str, episodes: Dataset, description: str) -> dict[str, Any]:
         return evaluate_episodes(
@@ -490,7 +513,7 @@ class TrainingRun:
                 self.processor.save_pretrained(aside)
 
     def finish(self) -> dict[str, Any]:
-        """Tests the model that was best in validation, puts it into `output_dir` and writes metrics.json."""
+        """Puts the best model in validation, else the last, into `output_dir`; tests it and writes metrics.json."""
         accelerator, arguments, progress = self.accelerator, self.arguments, self.progress
         network = AutoModel.from_pretrained(self.output_dir / "best")
         if accelerator.is_main_process:
@@ -505,13 +528,18 @@ class TrainingRun:
                 "broken_videos": progress.broken,
                 "history": progress.history,
             },
-            "validation": {"accuracy": progress.best_accuracy, "num_episodes": arguments.validation_episodes},
         }
+        if self.validation is not None:
+            metrics["validation"] = {
+                "way": self.ways["validation"],
+                "accuracy": progress.best_accuracy,
+                "num_episodes": arguments.validation_episodes,
+            }
         self._record(metrics)  # before the test, which may find a broken video
         self._hold(network)
         if self.test is not None:
             metrics["test"] = {
-                "way": arguments.way,
+                "way": self.ways["test"],
                 "shot": arguments.shot,
                 "query": arguments.test_query,
                 "seed": arguments.seed,
@@ -538,7 +566,7 @@ def _naming(split: str) -> Iterator[None]:
 def _describe_labels(videos: DatasetDict) -> str:
     """What changes where a run would not go on with the videos it began with."""
     digest, number = hashlib.sha256(), 0
-    for split in ("train", "validation"):
+    for split in ("train", *(["validation"] if "validation" in videos else [])):
         digest.update(json.dumps([videos[split].features["label"].names, videos[split]["label"][:]]).encode())
         number += len(videos[split])
     return f"{number} for training and validation, digest {digest.hexdigest()[:8]}"

@@ -1,0 +1,94 @@
+"""Training on few classes of one's own: splits too small for an episode, and ways of their own."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training_runs import FIELDS, ON_CPU, SCRIPTS, run
+from transformers import AutoModel
+
+from dmgal_hf.data.made_up_videos import _encode
+
+
+def write_clips(folder, classes, clips, frames=8):
+    """Real video files of a bright square that wanders, another way for each class."""
+    draw = np.random.default_rng(0)
+    for number in range(classes):
+        (folder / f"class {number}").mkdir(parents=True)
+        for clip in range(clips):
+            pixels = draw.integers(0, 60, (frames, 36, 40, 3), dtype=np.uint8)
+            for frame in range(frames):
+                top, left = (frame * number) % 26, (3 * frame + clip) % 30
+                pixels[frame, top : top + 10, left : left + 10] = 230
+            (folder / f"class {number}" / f"{clip}.mp4").write_bytes(_encode(pixels))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def eight_classes(tmp_path_factory):
+    return write_clips(tmp_path_factory.mktemp("own") / "clips", classes=8, clips=10)
+
+
+@pytest.fixture
+def own(tmp_path, eight_classes):
+    """A config file for them; of the default way, which is more than the classes that are left for the test."""
+    fields = {**FIELDS, "dataset": "folder", "videos": str(eight_classes), "output_dir": str(tmp_path / "run")}
+    for name in ("way", "clips_per_class"):
+        del fields[name]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(fields))
+    return tmp_path / "own.yaml"
+
+
+@pytest.mark.slow
+def test_eight_classes_of_ten_clips_give_a_trained_model_with_one_command(own, tmp_path):
+    script = [sys.executable, str(SCRIPTS / "train.py"), "--config", str(own)]
+    result = subprocess.run(script, capture_output=True, text=True, env=ON_CPU)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for sentence in (
+        "The validation split has one class, too few for an episode: as with validation none, the last weights are "
+        "the result, and 6 classes train.\n",
+        "Episodes of the split test have 2 classes, as many as there are.\n",
+        "novel classes, 2-way 1-shot:",
+    ):
+        assert result.stdout.count(sentence) == 1, result.stdout
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert "validation" not in metrics and metrics["test"]["way"] == 2 and len(metrics["test"]["per_class"]) == 2
+    assert metrics["training"]["best_episodes"] == metrics["training"]["episodes"] == 8
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "8 episodes without validation: this is the model after the last of them." in card
+    assert "2-way 1-shot" in card
+    AutoModel.from_pretrained(tmp_path / "run")
+
+
+def test_a_test_split_of_one_class_is_left_out(own, tmp_path, capsys):
+    few = write_clips(tmp_path / "few", classes=5, clips=4)
+    metrics = run(own, "--videos", str(few), "--way", "4", "--num_episodes", "2")
+    assert "test" not in metrics and "validation" not in metrics
+    printed = capsys.readouterr().out
+    assert "The test split has one class, too few for an episode: the model is not tested." in printed
+    assert "and 4 classes train" in printed
+
+
+def test_without_validation_the_last_weights_are_the_result(config, tmp_path, capsys):
+    metrics = run(config("last"), "--validation", "none")
+    assert "validation" not in metrics and metrics["training"]["best_episodes"] == 8
+    assert not any("validation_accuracy" in record for record in metrics["training"]["history"])
+    result = load_file(tmp_path / "last" / "model.safetensors")
+    last = load_file(tmp_path / "last" / "checkpoints" / "episode-000000008" / "model.safetensors")
+    assert result and all(torch.equal(tensor, last[f"model.{name}"]) for name, tensor in result.items())
+    (tmp_path / "last" / "metrics.json").unlink()
+    assert run(config("last"), "--validation", "none", "--resume") == metrics
+    with pytest.raises(ValueError, match="validation was 'none' and is 'split'"):
+        run(config("last"), "--resume")
+
+
+def test_validation_and_test_have_ways_of_their_own(config, capsys):
+    metrics = run(config("ways", num_episodes=2), "--validation_way", "2", "--test_way", "4")
+    assert (metrics["validation"]["way"], metrics["test"]["way"]) == (2, 4)
+    assert metrics["test"]["num_queries"] == 4 * 5
+    assert "as many as there are" not in capsys.readouterr().out
