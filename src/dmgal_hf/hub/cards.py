@@ -94,7 +94,7 @@ def render_model_card(
         name=repo_id or str(output_dir),
         # peft names the blocks as it finds them: in a DmgalModel, or in the backbone itself.
         adapted="model" if "backbone" in str(adapter.get("target_modules")) else "model.backbone",
-        **_describe_model(config, is_adapter, adapter.get("num_frames")),
+        **_describe_model(config, is_adapter, adapter.get("num_frames"), arguments.get("text_loss_weight")),
         dataset=arguments.get("dataset"),
         base_model=base_model,
         from_scratch=bool(arguments) and not is_adapter and arguments.get("backbone") is None,
@@ -132,7 +132,9 @@ def write_planned_cards(folder: str | os.PathLike):
             render_planned_card(paradigm, benchmark).save(Path(folder) / f"dmgal-{paradigm}-{benchmark}.md")
 
 
-def _describe_model(config: dict[str, Any], is_adapter: bool, num_frames: int | None = None) -> dict[str, Any]:
+def _describe_model(
+    config: dict[str, Any], is_adapter: bool, num_frames: int | None = None, text_loss_weight: float | None = None
+) -> dict[str, Any]:
     """What the card says of the model, by its config.json; an adapter's repository has none."""
     adapters = {} if is_adapter else config.get("adapter_config")
     return {
@@ -142,7 +144,7 @@ def _describe_model(config: dict[str, Any], is_adapter: bool, num_frames: int | 
         "backbone_type": config.get("backbone_config", {}).get("model_type"),
         "parts": [name for field, name in PARTS.items() if config.get(field, True)],
         "matching": MATCHINGS[config.get("alignment", _DEFAULT["alignment"])],
-        "text": _describe_text(config) if config.get("text_guidance") and not is_adapter else None,
+        "text": _describe_text(config, text_loss_weight) if config.get("text_guidance") and not is_adapter else None,
         "num_frames": config.get("num_frames") or num_frames or _DEFAULT["num_frames"],
         "model_fields": {
             name: config[name] for name in MODEL_FIELDS if config.get(name, _DEFAULT[name]) != _DEFAULT[name]
@@ -150,13 +152,14 @@ def _describe_model(config: dict[str, Any], is_adapter: bool, num_frames: int | 
     }
 
 
-def _describe_text(config: dict[str, Any]) -> dict[str, Any]:
+def _describe_text(config: dict[str, Any], loss_weight: float | None) -> dict[str, Any]:
     """How names of classes take part as text."""
     name = config.get("text_model")
     own = "the text tower in this repository" if name is None else "a text tower in a local folder"
     return {
         "tower": f"the text tower of {name}" if repository_name(name) else own,
         "weight": config.get("text_weight", DmgalConfig.text_weight),
+        "loss_weight": loss_weight,
         "templates": config.get("text_templates", list(DmgalConfig.text_templates)),
     }
 

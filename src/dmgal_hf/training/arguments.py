@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
@@ -77,6 +78,10 @@ class ModelArguments:
     adapter_config: dict | str | None = field(
         default=None, metadata={"help": "Adapters of paradigm adapter, as YAML or JSON; see DmgalConfig."}
     )
+    text_guidance: bool = field(
+        default=False,
+        metadata={"help": "Names of classes take part as text (CLIP, SigLIP, SigLIP2, MetaCLIP 2); see DmgalConfig."},
+    )
 
     def __post_init__(self):
         for name in ("backbone_config", "adapter_config"):
@@ -96,7 +101,7 @@ class ModelArguments:
         """Fields for [`DmgalConfig`], without the backbone."""
         switches = ("self_motion_attention", "mixer", "cross_motion_attention")
         names = ("paradigm", "motion_directions", "motion_scales", "motion_reduction", "num_frames", "alignment",
-                 "frame_pooling", "adapter_config")  # fmt: skip
+                 "frame_pooling", "adapter_config", "text_guidance")  # fmt: skip
         return {
             **{name: getattr(self, name) and self.motion_attention for name in switches},
             **{name: getattr(self, name) for name in names},
@@ -126,6 +131,13 @@ class TrainArguments:
     max_grad_norm: float | None = field(default=None, metadata={"help": "Clip gradients to this norm."})
     class_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of an extra loss that names the base class of every clip."}
+    )
+    text_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of an extra loss that names the base class of every clip by text; above 0 it sets "
+            "text_guidance."
+        },
     )
     augment: bool = field(default=True, metadata={"help": "The method's colour jitter, gray and erasing of queries."})
     horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the queries."})
@@ -178,6 +190,9 @@ class TrainArguments:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("class_loss_weight", "text_loss_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must lie in [0, inf), got {getattr(self, name)}.")
         if self.validation not in ("split", "none"):
             raise ValueError(f"validation must be split or none, got {self.validation!r}.")
         if self.test_episodes < 0:

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
     """
     Trains on the base classes, keeps the model that is best on the validation classes, and tests it on novel ones. A
     split of one class, of which no episode can be drawn, is left out and said so; without validation the last weights
-    are the result.
+    are the result. Validation and test are of clips alone, also where names of classes take part as text.
 
     The run is a pure function of its arguments: every episode, every augmentation and every dropout mask is drawn
     from the seed and the number of the episode, whatever the number of processes and workers, and whether the run was
@@ -71,6 +71,8 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
         videos, notes = load_splits(data, arguments)
     for note in notes:
         accelerator.print(note)
+    if arguments.text_loss_weight > 0:
+        model = replace(model, text_guidance=True)
     fields = run_fields(data, model, arguments)
     with keep_others_out(output_dir, accelerator), folder_for_frames(output_dir, accelerator) as frames:
         run = TrainingRun(accelerator, data, model, arguments, videos, fields, frames)

@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,23 +67,48 @@ def build_model(model: ModelArguments, data: DataArguments) -> tuple[DmgalModel,
     if model.backbone is not None:
         processor = DmgalVideoProcessor.from_pretrained(model.backbone, **fields)
         return DmgalModel.from_backbone(model.backbone, **model.config_fields()), processor
+    if model.text_guidance:
+        raise ValueError(
+            "text_guidance and text_loss_weight need a pretrained backbone with a text tower beside it (CLIP, SigLIP, "
+            "SigLIP2, MetaCLIP 2), and this one has random weights: give backbone its id or folder, or leave them out."
+        )
     config = DmgalConfig(backbone_config=model.backbone_config, **model.config_fields())
     return DmgalModel(config), DmgalVideoProcessor(**fields)
 
 
 class EpisodeLearner(nn.Module):
     """
-    The model with the loss of an episode. Beside the few-shot loss it may name the base class of every clip from the
-    mean of its frame descriptors (ours; off by default): a linear layer that training needs and checkpoints leave out.
+    The model with the loss of an episode. Two more may be added to it, both off by default, over supports and queries:
+
+    - One names the base class of every clip from the mean of its frame descriptors (ours): a linear layer that
+      training needs and checkpoints leave out.
+    - One names it by text: the cross entropy of the clip's text scores over the names of all base classes, the
+      video-text contrast of CLIP-FSAR (arXiv 2303.02982), which takes the cosine of the mean over the frames with the
+      text of a class, times a scale. Ours: a class's text is the mean over `config.text_templates`; projection, scale
+      and bias are those of the pair of towers and stay as they are; and what it reaches is what the paradigm trains,
+      with "adapter" the adapters alone. Of CLIP-FSAR's modulation of prototypes by text there is nothing here.
 
     Args:
         model ([`DmgalModel`]): the model.
         processor ([`DmgalVideoProcessor`]): normalises the uint8 frames, on the device.
         num_classes (`int`): classes of the training dataset, numbered from 0.
-        class_loss_weight (`float`): weight of the extra loss.
+        class_loss_weight (`float`): weight of the first extra loss.
+        text_loss_weight (`float`): weight of the second.
+        base_names (`Mapping[int, str]`, *optional*): base classes by number, for the second.
+
+    Raises:
+        ValueError: the names are numbers, or the text tower cannot tell or read them.
     """
 
-    def __init__(self, model: DmgalModel, processor: DmgalVideoProcessor, num_classes: int, class_loss_weight: float):
+    def __init__(
+        self,
+        model: DmgalModel,
+        processor: DmgalVideoProcessor,
+        num_classes: int,
+        class_loss_weight: float,
+        text_loss_weight: float = 0.0,
+        base_names: Mapping[int, str] | None = None,
+    ):
         super().__init__()
         self.model = model
         self.processor = processor
@@ -93,6 +119,13 @@ class EpisodeLearner(nn.Module):
             if class_loss_weight > 0
             else None
         )
+        self.text_loss_weight = text_loss_weight
+        if text_loss_weight > 0:
+            numbers = sorted(base_names)
+            embeds = embed_base_classes(model, [base_names[number] for number in numbers])
+            # Not saved: names and text tower give them again.
+            self.register_buffer("text_embeds", embeds, persistent=False)  # (base classes, E)
+            self.register_buffer("text_classes", torch.tensor(numbers, device=embeds.device), persistent=False)
 
     def encode_clips(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """That of the model: FSDP wants every call to come through its outermost module."""
@@ -112,12 +145,35 @@ class EpisodeLearner(nn.Module):
             way=way,
         )
         loss = output.loss
+        if self.class_head is None and not self.text_loss_weight:
+            return loss, output
+        classes = torch.cat([batch["support_classes"], batch["query_classes"]], 1).flatten()  # (B·(S + Q),)
         if self.class_head is not None:
             features = torch.cat([output.support_features, output.query_features], 1).mean(2)  # (B, S + Q, D)
-            classes = torch.cat([batch["support_classes"], batch["query_classes"]], 1)
-            class_loss = F.cross_entropy(self.class_head(features.float().flatten(0, 1)), classes.flatten())
+            class_loss = F.cross_entropy(self.class_head(features.float().flatten(0, 1)), classes)
             loss = loss + self.class_loss_weight * class_loss
+        if self.text_loss_weight:
+            embeds = torch.cat([output.support_embeds, output.query_embeds], 1).flatten(0, 1)  # (B·(S + Q), E)
+            places = torch.searchsorted(self.text_classes, classes)  # of the clips' classes among the base classes
+            text_loss = F.cross_entropy(self.model.text_logits(embeds, self.text_embeds), places)
+            loss = loss + self.text_loss_weight * text_loss
         return loss, output
+
+
+def embed_base_classes(model: DmgalModel, names: Sequence[str]) -> torch.Tensor:
+    """
+    Text prototypes of the base classes, `(N, E)`; see [`DmgalModel.embed_class_names`].
+
+    Raises:
+        ValueError: the names are the same but for numbers in them, as those of SSv2-Full without its label files.
+    """
+    if len({re.sub(r"\d+", "", name) for name in names}) == 1 < len(names):
+        raise ValueError(
+            f"text_loss_weight: the base classes are numbered ({', '.join(names[:3])}, ...), and numbers tell a text "
+            "tower nothing of what is done: give class_labels (Something-Something V2) or name the folders of the "
+            "classes, or leave text_loss_weight out."
+        )
+    return model.embed_class_names(names)
 
 
 def build_optimizer(learner: nn.Module, arguments: TrainArguments) -> torch.optim.Optimizer:
@@ -235,8 +291,11 @@ class TrainingRun:
     def _prepare_training(self):
         """Optimizer, schedule and what accelerate makes of them; continues the state of an earlier run on request."""
         accelerator, arguments = self.accelerator, self.arguments
-        num_classes = self.videos["train"].features["label"].num_classes
-        learner = EpisodeLearner(self.network, self.processor, num_classes, arguments.class_loss_weight)
+        names, base = self.videos["train"].features["label"].names, self.videos["train"].unique("label")
+        learner = EpisodeLearner(
+            self.network.to(accelerator.device), self.processor, len(names), arguments.class_loss_weight,
+            arguments.text_loss_weight, {number: names[number] for number in base},
+        )  # fmt: skip
         if arguments.torch_compile:
             compile_regions(self.network)
         optimizer = build_optimizer(learner.to(accelerator.device), arguments)
@@ -500,6 +559,7 @@ class TrainingRun:
         # Of a class of its own: FSDP gives the network in training another, whose source would be saved beside it.
         with torch.device("meta"):
             network = DmgalModel(self.network.config)
+        network.name_or_path = self.network.name_or_path  # where a text tower may lie that goes along
         state = self.network.state_dict()
         if self.num_trainable:
             state = {
