@@ -143,7 +143,27 @@ def class_texts(
 def load_text_tower(
     name_or_path: str | os.PathLike, subfolder: str = ""
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The text tower, with its projection, of a model of two towers; and its tokenizer."""
+    """
+    The text tower, with its projection, of a model of two towers; and its tokenizer. Raises `OSError` where it cannot
+    be read, `ImportError` where its tokenizer needs a package, `ValueError` for another kind of model.
+    """
+    try:
+        return _read_text_tower(name_or_path, subfolder)
+    except OSError as error:
+        raise OSError(
+            f"the text tower {os.path.join(name_or_path, subfolder)} cannot be read ({error}): set "
+            "model.config.text_model to where it lies now, or leave text out with text_weight=0."
+        ) from error
+    except ImportError as error:  # older SigLIP tokenizers
+        raise ImportError(
+            f"the tokenizer of {name_or_path} needs sentencepiece: pip install sentencepiece protobuf, or leave text "
+            "out with text_weight=0."
+        ) from error
+
+
+def _read_text_tower(
+    name_or_path: str | os.PathLike, subfolder: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     config = AutoConfig.from_pretrained(name_or_path, subfolder=subfolder)
     family = config.model_type.removesuffix("_text_model")
     if family not in _TEXT_TOWERS:

@@ -2,33 +2,15 @@
 
 import inspect
 import math
-import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers import PreTrainedModel
 
 from .alignment import class_logits
-from .backbones import (
-    add_adapters,
-    build_backbone,
-    check_backbone_config,
-    freeze_unread,
-    has_adapters,
-    load_backbone,
-    load_towers,
-    train_adapters,
-    vision_tower,
-    without_pooler,
-)
+from .backbones import add_adapters, build_backbone, freeze_unread, train_adapters
 from .class_texts import (
     TEXT_FOLDER,
     TextHead,
@@ -36,10 +18,11 @@ from .class_texts import (
     class_texts,
     combined_logits,
     embed_classes,
-    has_text_tower,
     load_text_tower,
 )
 from .configuration_dmgal import DmgalConfig
+from .episode_checks import check_queries, check_support_labels, check_text_embeds, check_videos
+from .feature_maps import feature_maps, frame_size, has_layers, num_channels, patch_grid
 from .kept_supports import DmgalSupport
 from .modeling_mga import CLASS_TOKENS, CmgaLayer, MgaLayer
 from .motion_adapters import SupportCache
@@ -52,117 +35,8 @@ from .motion_attention import (
     channels_last,
     patches,
 )
-
-# Vision towers whose last_hidden_state comes before their final norm; all others return it normalised.
-_FINAL_NORM_OUTSIDE = {"clip_vision_model", "metaclip_2_vision_model", "chinese_clip_vision_model"}
-
-_NO_TEXT_HEAD = (
-    "this model has no text head: build it with DmgalModel.from_backbone(..., text_guidance=True) on a model of two "
-    "towers (CLIP, SigLIP, SigLIP2, MetaCLIP 2)."
-)
-
-
-@dataclass
-class DmgalOutput(ModelOutput):
-    """
-    Output of [`DmgalModel`].
-
-    Args:
-        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
-            Cross entropy of the logits, mean over all queries of all episodes.
-        logits (`torch.FloatTensor` of shape `(B, Q, N)`):
-            Scores of the N classes of the episode: minus the mean distance to the supports of the class. With
-            `text_embeds` those of [`combined_logits`].
-        support_features (`torch.FloatTensor` of shape `(B, S, T, D)`):
-            Frame descriptors of the supports, as matched.
-        query_features (`torch.FloatTensor` of shape `(B, Q, T, D)`):
-            Frame descriptors of the queries, as matched.
-        attentions (`dict[str, torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
-            `query_self` `(B, Q, T, P, P)` and, unless kept supports were given, `support_self` `(B, S, T, P, P)` of
-            S-MGA; `cross` `(B, Q, T, P, S, P)` of C-MGA; all averaged over the directions, P patches a frame.
-        hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
-            Feature maps of the queries, `(B, Q, T, C, H, W)`: from the backbone, after S-MGA, after the mixer.
-        text_logits (`torch.FloatTensor` of shape `(B, Q, N)`, *optional*, returned with `text_embeds`):
-            Scores by text alone: scale · cosine + bias, as the pair of towers has learnt them.
-        support_embeds (`torch.FloatTensor` of shape `(B, S, E)`, *optional*, returned with `text_guidance`):
-            Mean projected frame embedding of each support, to be compared with texts.
-        query_embeds (`torch.FloatTensor` of shape `(B, Q, E)`, *optional*, returned with `text_guidance`):
-            The same of the queries.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from dmgal_hf import DmgalOutput
-
-    >>> output = DmgalOutput(logits=torch.tensor([[[-3.0, -1.0]]]))  # one query, two classes
-    >>> output.logits.argmax(-1).tolist()
-    [[1]]
-    ```
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    support_features: torch.FloatTensor | None = None
-    query_features: torch.FloatTensor | None = None
-    attentions: dict[str, torch.FloatTensor] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    text_logits: torch.FloatTensor | None = None
-    support_embeds: torch.FloatTensor | None = None
-    query_embeds: torch.FloatTensor | None = None
-
-
-class DmgalPreTrainedModel(PreTrainedModel):
-    """
-    What every model of DMGAL shares with transformers: config, weights and how they start.
-
-    Example:
-
-    ```python
-    >>> from dmgal_hf import DmgalModel, DmgalPreTrainedModel
-
-    >>> issubclass(DmgalModel, DmgalPreTrainedModel)
-    True
-    ```
-    """
-
-    config_class = DmgalConfig
-    base_model_prefix = "dmgal"
-    main_input_name = "query_pixel_values"
-    input_modalities = ("video",)
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _no_split_modules = ["SelfMotionAttention", "TemporalChannelMixer", "CrossMotionAttention"]
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        # As the authors: convolutions by their fan-out, both attentions switched off at first (gamma = 0).
-        if isinstance(module, nn.Conv2d):
-            fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-            init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
-        elif isinstance(module, nn.Linear):
-            bound = module.in_features**-0.5
-            init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, TextHead):
-            init.constant_(module.logit_scale, math.log(1 / 0.07))
-            init.zeros_(module.logit_bias)
-        elif isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-            if isinstance(module, nn.BatchNorm2d):
-                init.zeros_(module.running_mean)
-                init.ones_(module.running_var)
-                init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, SelfMotionAttention):
-            init.zeros_(module.gamma)
-        elif isinstance(module, CrossMotionAttention):
-            init.zeros_(module.gamma_self)
-            init.zeros_(module.gamma_cross)
+from .output_dmgal import DmgalOutput
+from .pretrained_dmgal import DmgalPreTrainedModel
 
 
 def _targets_are_labels(method: Callable) -> Callable:
@@ -213,7 +87,7 @@ class DmgalModel(DmgalPreTrainedModel):
                 "has none that is known here: use frame_pooling='mean'."
             )
         self.supports_gradient_checkpointing = self.backbone.supports_gradient_checkpointing
-        self.num_features = channels = _num_channels(config.backbone_config)
+        self.num_features = channels = num_channels(config.backbone_config)
         full = config.paradigm == "ft"
         self.self_attention = SelfMotionAttention(config, channels) if full and config.self_motion_attention else None
         self.mixer = TemporalChannelMixer(config.num_frames, channels) if full and config.mixer else None
@@ -231,191 +105,6 @@ class DmgalModel(DmgalPreTrainedModel):
         elif config.paradigm == "adapter":
             self.backbone.requires_grad_(False)
 
-    def _freeze(self):
-        """Paradigm "adapter": what peft made trainable remains so, and nothing else. The text head never is."""
-        if self.text_head is not None:
-            self.text_head.requires_grad_(False)
-        if self.config.paradigm == "adapter":
-            for name, parameter in self.backbone.named_parameters():
-                parameter.requires_grad_(name in self._adapter_parameters)
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a frozen backbone comes back frozen, and adapters without weights are refused."""
-        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        # transformers would leave them as the memory happened to be: the backbone cannot initialise them.
-        of_adapters = {f"backbone.{name}" for name in model._adapter_parameters}
-        lacking = sorted(of_adapters.intersection(report["missing_keys"]))
-        if lacking:
-            raise ValueError(
-                f"The checkpoint lacks weights of its adapters ({len(lacking)}): {', '.join(lacking[:3])} ..."
-            )
-        model._freeze()
-        return (model, report) if output_loading_info else model
-
-    @classmethod
-    def from_backbone(cls, backbone: str | os.PathLike | PreTrainedModel, **kwargs) -> "DmgalModel":
-        """
-        Starts from a pretrained image backbone.
-
-        Args:
-            backbone (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel` of one):
-                A model id, a folder, or a loaded transformers vision model. Of a model of several towers (CLIP,
-                SigLIP) the vision tower is taken.
-            kwargs:
-                Fields of [`DmgalConfig`]. With `text_guidance=True` the head by which the two towers compare pictures
-                with texts comes along, and `text_model` names where the text tower is read when it is needed.
-
-        Raises:
-            ValueError: the backbone has no known vision configuration, or no text tower with `text_guidance`.
-        """
-        if "paradigm" not in kwargs:
-            warnings.warn(
-                'paradigm="ft", the default, puts S-MGA, mixer and C-MGA with random weights on this backbone, to be '
-                'trained; paradigm="adapter" matches its frames as they are.',
-                stacklevel=2,
-            )
-        if isinstance(backbone, PeftModel):
-            backbone = backbone.get_base_model()  # the adapters stay in it
-        if not isinstance(backbone, PreTrainedModel):
-            backbone = load_towers(backbone) if kwargs.get("text_guidance") else load_backbone(backbone)
-        towers, backbone = backbone, vision_tower(backbone)
-        check_backbone_config(backbone.config)
-        if towers is not backbone:
-            backbone.name_or_path = backbone.config._name_or_path = towers.name_or_path
-        if kwargs.get("text_guidance"):
-            kwargs["text_model"] = kwargs.get("text_model") or _absolute(towers.name_or_path)
-            if towers is backbone:
-                check_has_text_tower(backbone.config)
-                raise ValueError(
-                    f"text_guidance needs both towers, and {towers.name_or_path or type(towers).__name__!r} is the "
-                    "vision tower alone: give the whole model."
-                )
-            if hasattr(towers, "visual_projection"):
-                backbone.config.projection_dim = towers.visual_projection.out_features
-        attn_implementation = backbone.config._attn_implementation
-        config = DmgalConfig(backbone_config=backbone.config, **kwargs)
-        config._attn_implementation = attn_implementation  # a new config has none, and none for its parts
-        model = cls(config, backbone=backbone)
-        if model.text_head is not None:
-            model.text_head.take_over(towers)
-        for name, part in model.named_children():
-            if name != "backbone":
-                part.to(backbone.dtype)
-        model.name_or_path = towers.name_or_path  # what peft notes as the base model of an adapter
-        return model
-
-    @classmethod
-    def untrained(cls, backbone: str | os.PathLike | PreTrainedModel, **kwargs) -> "DmgalModel":
-        """
-        A frozen public backbone with prototype matching, ready to use: the class token where there is one, else the
-        mean over the patches, and names of classes as text where there is a text tower. It warns that nothing in it
-        was trained for videos.
-
-        Args:
-            backbone (`str`, `os.PathLike` or `PreTrainedModel`): as in [`from_backbone`].
-            kwargs: fields of [`DmgalConfig`], in place of those that are chosen here.
-
-        Returns:
-            [`DmgalModel`] in eval mode.
-        """
-        is_object = isinstance(backbone, PreTrainedModel)
-        config = backbone.config if is_object else AutoConfig.from_pretrained(backbone)
-        name = (backbone.name_or_path or type(backbone).__name__) if is_object else os.fspath(backbone)
-        vision = getattr(config, "vision_config", config)
-        # The text tower of an object is read again by its name.
-        with_text = vision is not config and has_text_tower(vision) and bool(not is_object or backbone.name_or_path)
-        chosen = {"paradigm": "adapter", "text_guidance": with_text}
-        chosen["frame_pooling"] = "cls" if CLASS_TOKENS.get(vision.model_type) else "mean"
-        model = cls.from_backbone(without_pooler(backbone) if is_object else backbone, **{**chosen, **kwargs})
-        warnings.warn(
-            f"{name} is a backbone of pictures that nothing here has trained: its frames are matched as they are, and "
-            "it sees no motion.",
-            stacklevel=2,
-        )
-        return model.eval()
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, with_text_tower: bool = False, **kwargs):
-        """
-        As in transformers. With `text_guidance` the checkpoint holds the text tower itself on request, and if it came
-        from one that did; else its name alone. Raises `ValueError` for adapters that config.json would not describe.
-        """
-        added_later = getattr(self.backbone, "_hf_peft_config_loaded", False)
-        if added_later or (self.config.adapter_config is None and has_adapters(self.backbone)):
-            raise ValueError(
-                "model.backbone has adapters of its own, which config.json does not describe: save them with the "
-                "PeftModel they were put in by, or, those of its own load_adapter() or add_adapter(), with "
-                f"model.backbone.save_pretrained({os.fspath(save_directory)!r})."
-            )
-        if with_text_tower or (self.text_head is not None and not self.config.text_model and self.name_or_path):
-            for part in self._load_text_tower():
-                part.save_pretrained(os.path.join(save_directory, TEXT_FOLDER))
-        name = self.config.text_model
-        self.config.text_model = None if with_text_tower else name
-        super().save_pretrained(save_directory, *args, **kwargs)
-        self.config.text_model = name
-
-    def embed_class_names(self, labels: Sequence[str], descriptions: Mapping[str, str] | None = None) -> torch.Tensor:
-        """
-        The text prototypes of classes: for each the mean of the normalised embeddings of `config.text_templates` with
-        its label, in which underscores are spaces, or the embedding of its description. The text tower is loaded, runs
-        once, and is gone.
-
-        Args:
-            labels (`Sequence[str]`): names of the N classes.
-            descriptions (`Mapping[str, str]`, *optional*): for some of them a text in place of the templates.
-
-        Returns:
-            `torch.FloatTensor` of shape `(N, E)`, float32 on the model's device: one episode of `text_embeds`.
-
-        Raises:
-            ValueError: the model has no text head; labels are empty or read the same; a text is longer than the tower
-                reads. `OSError` where the text tower is not to be found.
-        """
-        if self.text_head is None:
-            check_has_text_tower(self.config.backbone_config)
-            raise ValueError(_NO_TEXT_HEAD)
-        texts = class_texts(labels, descriptions, self.config.text_templates)
-        tower, tokenizer = self._load_text_tower()
-        return embed_classes(tower.to(self.device), tokenizer, texts)
-
-    def _load_text_tower(self):
-        if self.text_head is None:
-            raise ValueError(_NO_TEXT_HEAD)
-        name, folder = (self.config.text_model, "") if self.config.text_model else (self.name_or_path, TEXT_FOLDER)
-        if not name:
-            raise ValueError(
-                "the model does not know its text tower: set model.config.text_model to the id or folder of the model "
-                "of two towers."
-            )
-        try:
-            return load_text_tower(name, folder)
-        except OSError as error:
-            raise OSError(
-                f"the text tower {os.path.join(name, folder)} cannot be read ({error}): set model.config.text_model "
-                "to where it lies now, or leave text out with text_weight=0."
-            ) from error
-        except ImportError as error:  # older SigLIP tokenizers
-            raise ImportError(
-                f"the tokenizer of {name} needs sentencepiece: pip install sentencepiece protobuf, or leave text out "
-                "with text_weight=0."
-            ) from error
-
-    def text_logits(self, video_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """
-        Scores of videos by text, as the pair of towers has learnt them: scale · cosine + bias.
-
-        Args:
-            video_embeds (`torch.FloatTensor` of shape `(..., V, E)`): `support_embeds` or `query_embeds` of an output.
-            text_embeds (`torch.FloatTensor` of shape `(..., N, E)`): of [`embed_class_names`].
-
-        Returns:
-            `torch.FloatTensor` of shape `(..., V, N)`, float32.
-        """
-        if self.text_head is None:
-            raise ValueError(_NO_TEXT_HEAD)
-        return self.text_head(video_embeds, text_embeds)
-
     def get_input_embeddings(self) -> nn.Module:
         """Those of the backbone, where it has some."""
         return self.backbone.get_input_embeddings()
@@ -429,6 +118,208 @@ class DmgalModel(DmgalPreTrainedModel):
         if mode and self.config.paradigm == "adapter":
             train_adapters(self.backbone)
         return self
+
+    @_targets_are_labels
+    def forward(
+        self,
+        support_pixel_values: torch.FloatTensor | None = None,
+        support_labels: torch.LongTensor | None = None,
+        query_pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        support: DmgalSupport | None = None,
+        text_embeds: torch.FloatTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        way: int | None = None,
+    ) -> DmgalOutput | tuple:
+        """
+        Scores the queries of B episodes, each as if it were alone.
+
+        Args:
+            support_pixel_values (`torch.FloatTensor` of shape `(B, S, T, 3, H, W)`):
+                Support videos, normalised by [`DmgalVideoProcessor`].
+            support_labels (`torch.LongTensor` of shape `(B, S)`):
+                Their classes, 0..N-1. Any way and shot; classes may have different numbers of shots.
+            query_pixel_values (`torch.FloatTensor` of shape `(B, Q, T, 3, H, W)`):
+                Query videos.
+            labels (`torch.LongTensor` of shape `(B, Q)`, *optional*):
+                Classes of the queries, for the loss.
+            support ([`DmgalSupport`], *optional*):
+                Supports from [`encode_support`], in place of the first two arguments.
+            text_embeds (`torch.FloatTensor` of shape `(B, N, E)`, *optional*):
+                Text prototypes of the classes, from [`embed_class_names`]: the logits are then those of clips and of
+                texts together, see [`combined_logits`], with `score_temperature` and `text_weight` of the config. A
+                class may then have no support.
+            output_attentions (`bool`, *optional*): also return the attention maps.
+            output_hidden_states (`bool`, *optional*): also return the feature maps of the queries.
+            return_dict (`bool`, *optional*): `False` returns a plain tuple.
+            way (`int`, *optional*):
+                N. By default it is read from `support_labels`; where these lie on a GPU, the GPU is waited for.
+
+        Raises:
+            ValueError: a shape, a dtype, a label or a number of frames does not fit; the message says which. Values of
+                labels are looked at on the CPU alone.
+        """
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if query_pixel_values is None:
+            raise ValueError("query_pixel_values is missing: pass the query videos, (B, Q, T, 3, H, W).")
+        if (support is None) == (support_pixel_values is None):
+            raise ValueError(
+                "Pass either support_pixel_values with support_labels, or support from encode_support(): got "
+                f"{'neither' if support is None else 'both'}."
+            )
+        attentions, maps = {}, None
+        if support is None:
+            way = way if text_embeds is None else text_embeds.shape[-2]
+            way = self._check_support(support_pixel_values, support_labels, way)
+            self._check_videos("query_pixel_values", query_pixel_values)
+            check_queries(query_pixel_values, labels, support_pixel_values.shape, way)
+            if self._may_go_together(support_pixel_values, query_pixel_values):
+                support, maps, query_embeds = self._encode_together(
+                    support_pixel_values, support_labels, query_pixel_values, way
+                )
+            else:
+                features, states, attentions["support_self"] = self._encode_alone(support_pixel_values, SupportCache())
+                support = DmgalSupport(features, support_labels, way, states)
+        else:
+            self._check_videos("query_pixel_values", query_pixel_values)
+            check_queries(query_pixel_values, labels, support.features.shape, support.way)
+        if text_embeds is not None:
+            self._check_text_head("text_embeds: ")
+            check_text_embeds(text_embeds, len(support.features), support.way)
+
+        if maps is None:
+            maps, query_embeds = self._video_maps(query_pixel_values, support.cache())
+        maps, attentions["query_self"], hidden_states = self._encode_videos(
+            maps, may_fold=not (self.training or output_hidden_states)
+        )
+        query_features, attentions["cross"] = self._describe(maps, support, output_attentions)
+        logits = self._match(query_features, support.features, support.labels, support.way)
+        text_logits = None
+        if text_embeds is not None:
+            text_logits = self.text_logits(query_embeds, text_embeds)
+            config = self.config
+            logits = combined_logits(logits, text_logits.log_softmax(-1), config.score_temperature, config.text_weight)
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        attentions = {name: attention for name, attention in attentions.items() if attention is not None}
+        output = DmgalOutput(
+            loss=loss,
+            logits=logits,
+            support_features=support.features,
+            query_features=query_features,
+            attentions=attentions if output_attentions else None,
+            hidden_states=hidden_states if output_hidden_states else None,
+            text_logits=text_logits,
+            support_embeds=support.states.get("text.videos"),
+            query_embeds=query_embeds,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _may_go_together(self, support_pixel_values: torch.Tensor, query_pixel_values: torch.Tensor) -> bool:
+        """
+        In training, where a frozen backbone sees every video for itself: half the launches, and larger products. (The
+        statistics of a backbone that trains are those of supports and queries apart.)
+        """
+        frozen = self.training and self.config.paradigm == "adapter"
+        return frozen and support_pixel_values.shape[2:] == query_pixel_values.shape[2:]
+
+    def _encode_together(self, support_pixel_values, labels, query_pixel_values, way):
+        """
+        Supports and queries through the backbone in one pass: the supports, of which nothing is kept for other
+        queries, and the maps and embeddings of the queries.
+        """
+        num_support = support_pixel_values.shape[1]
+        maps, embeds = self._video_maps(torch.cat([support_pixel_values, query_pixel_values], 1), None, num_support)
+        states = {} if embeds is None else {"text.videos": embeds[:, :num_support]}
+        support = DmgalSupport(maps[:, :num_support].mean((-1, -2)), labels, way, states)
+        return support, maps[:, num_support:], None if embeds is None else embeds[:, num_support:]
+
+    def _encode_alone(self, pixel_values: torch.Tensor, cache: SupportCache):
+        """
+        Videos (B, S, T, 3, H, W) as supports, which read no other: their descriptors, the states that queries read,
+        and the attention of S-MGA. The empty `cache` is filled.
+        """
+        maps, embeds = self._video_maps(pixel_values, cache)
+        maps, attention, _ = self._encode_videos(maps)
+        states = cache.tensors()
+        states.pop("num_support", None)  # labels say it
+        if embeds is not None:
+            states |= {"text.videos": embeds}
+        if self.cross_attention is not None:
+            features, keys = self.cross_attention.encode_support(maps)
+            states |= {"cross.motion": keys.motion, "cross.values": keys.values}
+        else:
+            features = maps.mean((-1, -2))
+        return features, states, attention
+
+    def _video_maps(
+        self, pixel_values: torch.Tensor, cache: SupportCache | None, num_support: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        (B, V, T, 3, H, W) -> the backbone's maps (B, V, T, C, h, w), and embeddings (B, V, E) to be compared with
+        texts, `None` without `text_guidance`.
+
+        A video's do not depend on its episode, but where Cmga-Adapters sit in the backbone: with an empty cache the
+        videos are supports and fill it, with a full one they are queries and read it, and without one the first
+        `num_support` of an episode are its supports.
+        """
+        maps, pooled = self._backbone_maps(pixel_values.flatten(0, 2), pixel_values.shape[:3], cache, num_support)
+        return maps, None if pooled is None else self.embed_videos(pooled.unflatten(0, pixel_values.shape[:3]))
+
+    def _backbone_maps(self, frames: torch.Tensor, batch: tuple[int, int, int], *of_supports):
+        """[`feature_maps`] of this model's backbone."""
+        pooling, with_pooled = self.config.frame_pooling, self.text_head is not None
+        return feature_maps(self.backbone, frames, batch, *of_supports, pooling=pooling, with_pooled=with_pooled)
+
+    def _encode_videos(self, maps: torch.Tensor, may_fold: bool = False):
+        """
+        The backbone's maps (B, V, T, C, h, w) -> the last maps, the attention of S-MGA, the maps of every stage. With
+        `may_fold` the last maps are the mixer's `MixedMaps`, not kept as a stage, where C-MGA is faster with them.
+        """
+        batch, maps = maps.shape[:2], maps.flatten(0, 1)
+        hidden_states = [maps]
+        attention = None
+        if self.self_attention is not None:
+            maps, attention = self.self_attention(maps)
+            attention = attention.unflatten(0, batch)
+            hidden_states.append(maps)
+        if self.mixer is not None:
+            maps = self._mix(maps, may_fold)
+            if isinstance(maps, MixedMaps):
+                return maps, attention, ()
+            hidden_states.append(maps)
+        return maps.unflatten(0, batch), attention, tuple(state.unflatten(0, batch) for state in hidden_states)
+
+    def _mix(self, maps: torch.Tensor, may_fold: bool) -> torch.Tensor | MixedMaps:
+        fold = may_fold and self.cross_attention is not None and self.cross_attention.prefers_mixed(maps.shape[1:])
+        return self.mixer.mix(maps) if fold else self.mixer(maps)
+
+    def _describe(
+        self, maps: torch.Tensor | MixedMaps, support: DmgalSupport, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Frame descriptors of queries, (B, Q, T, D), and the attention of C-MGA, `None` without."""
+        if self.cross_attention is None:
+            return maps.mean((-1, -2)), None
+        return self.cross_attention.describe(maps, _cross_keys(support), output_attentions)
+
+    def _match(self, query: torch.Tensor, support: torch.Tensor, labels: torch.Tensor, way: int) -> torch.Tensor:
+        config = self.config
+        return class_logits(
+            query, support, labels, way, config.alignment, config.cosine_epsilon, config.otam_smoothing
+        )
+
+    def _check_videos(self, name: str, pixel_values: torch.Tensor):
+        check_videos(name, pixel_values, None if self.mixer is None else self.config.num_frames)
+
+    def _check_support(self, pixel_values: torch.Tensor, labels: torch.Tensor | None, way: int | None) -> int:
+        """Returns the way."""
+        self._check_videos("support_pixel_values", pixel_values)
+        return check_support_labels(labels, pixel_values, way, self.config.text_guidance)
 
     def encode_support(
         self, support_pixel_values: torch.Tensor, support_labels: torch.Tensor, way: int | None = None
@@ -472,7 +363,7 @@ class DmgalModel(DmgalPreTrainedModel):
             if name != "text.videos":
                 clips[name if name == "cross.motion" else f"support.{name}"] = state.movedim(-4, 0)
         if len(cache):
-            grid = self._patch_grid(pixel_values.shape[-2:])
+            grid = patch_grid(self.config.backbone_config, pixel_values.shape[-2:])
             prefix, patches = cache.tokens.split([cache.tokens.shape[1] - grid[0] * grid[1], grid[0] * grid[1]], 1)
             clips["query.prefix"] = prefix.unflatten(0, pixel_values.shape[:2])
             clips["query.patches"] = patches.unflatten(1, grid).unflatten(0, pixel_values.shape[:2])
@@ -503,8 +394,8 @@ class DmgalModel(DmgalPreTrainedModel):
             patches = query["query.patches"]
             cache = kept.cache()
             cache.resume = torch.cat([query["query.prefix"].flatten(0, 2), patches.flatten(0, 2).flatten(1, 2)], 1)
-            grid, patch = patches.shape[3:5], _pair(self.config.backbone_config.patch_size)
-            stand_in = torch.zeros(1, 3, *(n * side for n, side in zip(grid, patch)), device=patches.device)
+            size = frame_size(self.config.backbone_config, patches.shape[3:5])
+            stand_in = torch.zeros(1, 3, *size, device=patches.device)
             maps, _ = self._backbone_maps(stand_in.to(self.dtype), patches.shape[:3], cache)
             features, _ = self._describe(self._encode_videos(maps, may_fold=not self.training)[0], kept)
         elif self.cross_attention is not None:
@@ -517,12 +408,12 @@ class DmgalModel(DmgalPreTrainedModel):
     @property
     def frames_are_independent(self) -> bool:
         """Whether the backbone sees one frame at a time, so that [`encode_frames`] may be used."""
-        return not any(isinstance(module, MgaLayer) for module in self.backbone.modules())
+        return not has_layers(self.backbone, MgaLayer)
 
     @property
     def has_cross_adapters(self) -> bool:
         """Whether Cmga-Adapters sit in the backbone: a query is then encoded otherwise than a support."""
-        return any(isinstance(module, CmgaLayer) for module in self.backbone.modules())
+        return has_layers(self.backbone, CmgaLayer)
 
     def encode_frames(
         self, pixel_values: torch.Tensor, return_pooled: bool = False
@@ -626,325 +517,60 @@ class DmgalModel(DmgalPreTrainedModel):
                 logits.append(self._match(features[:, video : video + 1], *kept, support.way))
         return torch.cat(logits, 1)
 
-    @_targets_are_labels
-    def forward(
-        self,
-        support_pixel_values: torch.FloatTensor | None = None,
-        support_labels: torch.LongTensor | None = None,
-        query_pixel_values: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        support: DmgalSupport | None = None,
-        text_embeds: torch.FloatTensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        way: int | None = None,
-    ) -> DmgalOutput | tuple:
+    def embed_class_names(self, labels: Sequence[str], descriptions: Mapping[str, str] | None = None) -> torch.Tensor:
         """
-        Scores the queries of B episodes, each as if it were alone.
+        The text prototypes of classes: for each the mean of the normalised embeddings of `config.text_templates` with
+        its label, in which underscores are spaces, or the embedding of its description. The text tower is loaded, runs
+        once, and is gone.
 
         Args:
-            support_pixel_values (`torch.FloatTensor` of shape `(B, S, T, 3, H, W)`):
-                Support videos, normalised by [`DmgalVideoProcessor`].
-            support_labels (`torch.LongTensor` of shape `(B, S)`):
-                Their classes, 0..N-1. Any way and shot; classes may have different numbers of shots.
-            query_pixel_values (`torch.FloatTensor` of shape `(B, Q, T, 3, H, W)`):
-                Query videos.
-            labels (`torch.LongTensor` of shape `(B, Q)`, *optional*):
-                Classes of the queries, for the loss.
-            support ([`DmgalSupport`], *optional*):
-                Supports from [`encode_support`], in place of the first two arguments.
-            text_embeds (`torch.FloatTensor` of shape `(B, N, E)`, *optional*):
-                Text prototypes of the classes, from [`embed_class_names`]: the logits are then those of clips and of
-                texts together, see [`combined_logits`], with `score_temperature` and `text_weight` of the config. A
-                class may then have no support.
-            output_attentions (`bool`, *optional*): also return the attention maps.
-            output_hidden_states (`bool`, *optional*): also return the feature maps of the queries.
-            return_dict (`bool`, *optional*): `False` returns a plain tuple.
-            way (`int`, *optional*):
-                N. By default it is read from `support_labels`; where these lie on a GPU, the GPU is waited for.
+            labels (`Sequence[str]`): names of the N classes.
+            descriptions (`Mapping[str, str]`, *optional*): for some of them a text in place of the templates.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, E)`, float32 on the model's device: one episode of `text_embeds`.
 
         Raises:
-            ValueError: a shape, a dtype, a label or a number of frames does not fit; the message says which. Values of
-                labels are looked at on the CPU alone.
+            ValueError: the model has no text head; labels are empty or read the same; a text is longer than the tower
+                reads. `OSError` where the text tower is not to be found.
         """
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        if query_pixel_values is None:
-            raise ValueError("query_pixel_values is missing: pass the query videos, (B, Q, T, 3, H, W).")
-        if (support is None) == (support_pixel_values is None):
-            raise ValueError(
-                "Pass either support_pixel_values with support_labels, or support from encode_support(): got "
-                f"{'neither' if support is None else 'both'}."
-            )
-        attentions, maps = {}, None
-        if support is None:
-            way = way if text_embeds is None else text_embeds.shape[-2]
-            way = self._check_support(support_pixel_values, support_labels, way)
-            self._check_query(query_pixel_values, labels, support_pixel_values.shape, way)
-            if self._may_go_together(support_pixel_values, query_pixel_values):
-                support, maps, query_embeds = self._encode_together(
-                    support_pixel_values, support_labels, query_pixel_values, way
-                )
-            else:
-                features, states, attentions["support_self"] = self._encode_alone(support_pixel_values, SupportCache())
-                support = DmgalSupport(features, support_labels, way, states)
-        else:
-            self._check_query(query_pixel_values, labels, support.features.shape, support.way)
-        self._check_text(text_embeds, support)
-
-        if maps is None:
-            maps, query_embeds = self._video_maps(query_pixel_values, support.cache())
-        maps, attentions["query_self"], hidden_states = self._encode_videos(
-            maps, may_fold=not (self.training or output_hidden_states)
-        )
-        query_features, attentions["cross"] = self._describe(maps, support, output_attentions)
-        logits = self._match(query_features, support.features, support.labels, support.way)
-        text_logits = None
-        if text_embeds is not None:
-            text_logits = self.text_logits(query_embeds, text_embeds)
-            config = self.config
-            logits = combined_logits(logits, text_logits.log_softmax(-1), config.score_temperature, config.text_weight)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        attentions = {name: attention for name, attention in attentions.items() if attention is not None}
-        output = DmgalOutput(
-            loss=loss,
-            logits=logits,
-            support_features=support.features,
-            query_features=query_features,
-            attentions=attentions if output_attentions else None,
-            hidden_states=hidden_states if output_hidden_states else None,
-            text_logits=text_logits,
-            support_embeds=support.states.get("text.videos"),
-            query_embeds=query_embeds,
-        )
-        return output if return_dict else output.to_tuple()
-
-    def _match(self, query: torch.Tensor, support: torch.Tensor, labels: torch.Tensor, way: int) -> torch.Tensor:
-        config = self.config
-        return class_logits(
-            query, support, labels, way, config.alignment, config.cosine_epsilon, config.otam_smoothing
-        )
-
-    def _may_go_together(self, support_pixel_values: torch.Tensor, query_pixel_values: torch.Tensor) -> bool:
-        """
-        In training, where a frozen backbone sees every video for itself: half the launches, and larger products. (The
-        statistics of a backbone that trains are those of supports and queries apart.)
-        """
-        frozen = self.training and self.config.paradigm == "adapter"
-        return frozen and support_pixel_values.shape[2:] == query_pixel_values.shape[2:]
-
-    def _encode_together(self, support_pixel_values, labels, query_pixel_values, way):
-        """
-        Supports and queries through the backbone in one pass: the supports, of which nothing is kept for other
-        queries, and the maps and embeddings of the queries.
-        """
-        num_support = support_pixel_values.shape[1]
-        maps, embeds = self._video_maps(torch.cat([support_pixel_values, query_pixel_values], 1), None, num_support)
-        states = {} if embeds is None else {"text.videos": embeds[:, :num_support]}
-        support = DmgalSupport(maps[:, :num_support].mean((-1, -2)), labels, way, states)
-        return support, maps[:, num_support:], None if embeds is None else embeds[:, num_support:]
-
-    def _encode_alone(self, pixel_values: torch.Tensor, cache: SupportCache):
-        """
-        Videos (B, S, T, 3, H, W) as supports, which read no other: their descriptors, the states that queries read,
-        and the attention of S-MGA. The empty `cache` is filled.
-        """
-        maps, embeds = self._video_maps(pixel_values, cache)
-        maps, attention, _ = self._encode_videos(maps)
-        states = cache.tensors()
-        states.pop("num_support", None)  # labels say it
-        if embeds is not None:
-            states |= {"text.videos": embeds}
-        if self.cross_attention is not None:
-            features, keys = self.cross_attention.encode_support(maps)
-            states |= {"cross.motion": keys.motion, "cross.values": keys.values}
-        else:
-            features = maps.mean((-1, -2))
-        return features, states, attention
-
-    def _video_maps(
-        self, pixel_values: torch.Tensor, cache: SupportCache | None, num_support: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        (B, V, T, 3, H, W) -> the backbone's maps (B, V, T, C, h, w), and embeddings (B, V, E) to be compared with
-        texts, `None` without `text_guidance`.
-
-        A video's do not depend on its episode, but where Cmga-Adapters sit in the backbone: with an empty cache the
-        videos are supports and fill it, with a full one they are queries and read it, and without one the first
-        `num_support` of an episode are its supports.
-        """
-        maps, pooled = self._backbone_maps(pixel_values.flatten(0, 2), pixel_values.shape[:3], cache, num_support)
-        return maps, None if pooled is None else self.embed_videos(pooled.unflatten(0, pixel_values.shape[:3]))
-
-    def _encode_videos(self, maps: torch.Tensor, may_fold: bool = False):
-        """
-        The backbone's maps (B, V, T, C, h, w) -> the last maps, the attention of S-MGA, the maps of every stage. With
-        `may_fold` the last maps are the mixer's `MixedMaps`, not kept as a stage, where C-MGA is faster with them.
-        """
-        batch, maps = maps.shape[:2], maps.flatten(0, 1)
-        hidden_states = [maps]
-        attention = None
-        if self.self_attention is not None:
-            maps, attention = self.self_attention(maps)
-            attention = attention.unflatten(0, batch)
-            hidden_states.append(maps)
-        if self.mixer is not None:
-            maps = self._mix(maps, may_fold)
-            if isinstance(maps, MixedMaps):
-                return maps, attention, ()
-            hidden_states.append(maps)
-        return maps.unflatten(0, batch), attention, tuple(state.unflatten(0, batch) for state in hidden_states)
-
-    def _mix(self, maps: torch.Tensor, may_fold: bool) -> torch.Tensor | MixedMaps:
-        fold = may_fold and self.cross_attention is not None and self.cross_attention.prefers_mixed(maps.shape[1:])
-        return self.mixer.mix(maps) if fold else self.mixer(maps)
-
-    def _describe(
-        self, maps: torch.Tensor | MixedMaps, support: DmgalSupport, output_attentions: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Frame descriptors of queries, (B, Q, T, D), and the attention of C-MGA, `None` without."""
-        if self.cross_attention is None:
-            return maps.mean((-1, -2)), None
-        return self.cross_attention.describe(maps, _cross_keys(support), output_attentions)
-
-    def _patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        patch = _pair(getattr(self.config.backbone_config, "patch_size", 1))
-        return size[0] // patch[0], size[1] // patch[1]
-
-    def _backbone_maps(
-        self,
-        frames: torch.Tensor,
-        batch: tuple[int, int, int],
-        cache: SupportCache | None,
-        num_support: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Frames (B·V·T, 3, H, W) of `batch` (B, V, T) -> feature maps (B, V, T, C, h, w); a class token as descriptor is
-        a map of one patch. A stand-in of one frame is enough where the cache has tokens to resume with. And the pooled
-        output (B·V·T, C), `None` without `text_guidance`.
-        """
-        config = self.config.backbone_config
-        episodes, videos, num_frames = batch
-        size = tuple(frames.shape[-2:])
-        grid = self._patch_grid(size)
-        kwargs = {}
-        if any(isinstance(module, MgaLayer) for module in self.backbone.modules()):
-            if cache is not None:
-                num_support = 0 if len(cache) else videos
-            kwargs = {"num_frames": num_frames, "num_support": (num_support,) * episodes, "patch_grid": grid,
-                      "support_cache": cache}  # fmt: skip
-        if getattr(config, "image_size", None) is not None and size != _pair(config.image_size):
-            kwargs["interpolate_pos_encoding"] = True
-        # Convolutions hand the layout of their input on, and are faster in this one.
-        frames = frames.to(dtype=self.backbone.dtype, memory_format=torch.channels_last)
-        # A backbone that is held in half precision has nothing left for autocast to decide.
-        held = frames.dtype in (torch.bfloat16, torch.float16)
-        if config.model_type == "siglip2_vision_model":
-            frames, kwargs = _cut_into_patches(frames, _pair(config.patch_size), grid)
-        with torch.autocast(frames.device.type, enabled=False) if held else nullcontext():
-            output = self.backbone(pixel_values=frames, **kwargs)
-            hidden_states, pooled = output.last_hidden_state, None if self.text_head is None else output.pooler_output
-            if config.model_type in _FINAL_NORM_OUTSIDE:
-                hidden_states = self.backbone.post_layernorm(hidden_states)
-        if hidden_states.dim() == 4:
-            return hidden_states.unflatten(0, batch), pooled
-        if self.config.frame_pooling == "cls":
-            return hidden_states[:, 0, :, None, None].unflatten(0, batch), pooled
-        num_prefix_tokens = hidden_states.shape[1] - grid[0] * grid[1]
-        if num_prefix_tokens < 0:
-            raise ValueError(
-                f"the backbone {config.model_type!r} returns {hidden_states.shape[1]} tokens for {grid[0]} x "
-                f"{grid[1]} patches: choose one that keeps a token a patch (ViT, CLIP, DINOv2, SigLIP), or a ResNet."
-            )
-        maps = hidden_states[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid)
-        return maps.unflatten(0, batch), pooled
-
-    def _check_videos(self, name: str, pixel_values: torch.Tensor):
-        if pixel_values.dim() != 6 or pixel_values.shape[3] != 3:
-            raise ValueError(
-                f"{name} must have the shape (episodes, videos, frames, 3, height, width), got "
-                f"{tuple(pixel_values.shape)}. A single episode needs a leading 1."
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"{name} must be floating, got {pixel_values.dtype}: prepare it with the video processor."
-            )
-        if 0 in pixel_values.shape:
-            raise ValueError(f"{name} is empty: its shape is {tuple(pixel_values.shape)}.")
-        if self.mixer is not None and pixel_values.shape[2] != self.config.num_frames:
-            raise ValueError(
-                f"{name} has {pixel_values.shape[2]} frames a video, but the mixer of this model is made for "
-                f"num_frames={self.config.num_frames}."
-            )
-
-    def _check_support(self, pixel_values: torch.Tensor, labels: torch.Tensor | None, way: int | None) -> int:
-        """Returns the way."""
-        self._check_videos("support_pixel_values", pixel_values)
-        _check_labels("support_labels", labels, pixel_values)
-        if torch.compiler.is_compiling() or labels.device.type != "cpu":
-            way = int(labels.max()) + 1 if way is None else way
-            torch._check(way >= 1)
-            return way
-        episodes = labels.tolist()
-        lowest, highest = min(map(min, episodes)), max(map(max, episodes))
-        if lowest < 0:
-            raise ValueError(f"support_labels must be 0 or more, got {lowest}.")
-        given, way = way is not None, highest + 1 if way is None else way
-        if highest >= way:
-            raise ValueError(f"support_labels must lie in 0..{way - 1}, got {highest}.")
-        for number, classes in enumerate(() if self.config.text_guidance and given else map(set, episodes)):
-            if missing := set(range(way)) - classes:
-                raise ValueError(
-                    f"support_labels must use every class from 0 to {way - 1}: episode {number} has no support of "
-                    f"class {min(missing)}. Number its classes without gaps."
-                )
-        return way
-
-    def _check_query(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None, support_shape: torch.Size, way: int
-    ):
-        self._check_videos("query_pixel_values", pixel_values)
-        episodes, _, num_frames = support_shape[:3]
-        if (pixel_values.shape[0], pixel_values.shape[2]) != (episodes, num_frames):
-            raise ValueError(
-                f"query_pixel_values has {pixel_values.shape[0]} episodes of {pixel_values.shape[2]} frames a video, "
-                f"the supports have {episodes} of {num_frames}: both must agree."
-            )
-        if labels is None:
-            return
-        _check_labels("labels", labels, pixel_values)
-        if torch.compiler.is_compiling() or labels.device.type != "cpu":
-            return
-        numbers = [number for of_episode in labels.tolist() for number in of_episode]
-        lowest, highest = min(numbers), max(numbers)
-        if lowest < 0 or highest >= way:
-            raise ValueError(f"labels must lie in 0..{way - 1}, the classes of the supports, got {lowest}..{highest}.")
-
-    def _check_text(self, text_embeds: torch.Tensor | None, support: DmgalSupport):
-        if text_embeds is None:
-            return
         if self.text_head is None:
-            raise ValueError(f"text_embeds: {_NO_TEXT_HEAD}")
-        if text_embeds.dim() != 3 or text_embeds.shape[:2] != (len(support.features), support.way):
+            check_has_text_tower(self.config.backbone_config)
+        self._check_text_head()
+        texts = class_texts(labels, descriptions, self.config.text_templates)
+        tower, tokenizer = self._load_text_tower()
+        return embed_classes(tower.to(self.device), tokenizer, texts)
+
+    def _load_text_tower(self):
+        self._check_text_head()
+        name, folder = (self.config.text_model, "") if self.config.text_model else (self.name_or_path, TEXT_FOLDER)
+        if not name:
             raise ValueError(
-                f"text_embeds must have the shape ({len(support.features)}, {support.way}, E), a prototype for each "
-                f"class of each episode, got {tuple(text_embeds.shape)}."
+                "the model does not know its text tower: set model.config.text_model to the id or folder of the model "
+                "of two towers."
             )
+        return load_text_tower(name, folder)
 
+    def text_logits(self, video_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Scores of videos by text, as the pair of towers has learnt them: scale · cosine + bias.
 
-def _cut_into_patches(
-    frames: torch.Tensor, patch: tuple[int, int], grid: tuple[int, int]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    """What SigLIP2 of any resolution takes: frames (F, 3, H, W) -> their patches (F, P, 3·pixels), all of one grid."""
-    frames = frames[..., : grid[0] * patch[0], : grid[1] * patch[1]]  # as a convolution leaves out the rest
-    pixels = frames.unflatten(3, (grid[1], patch[1])).unflatten(2, (grid[0], patch[0]))
-    flat = pixels.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-    shapes = torch.tensor([grid] * len(frames))  # on the CPU, where the backbone reads it
-    return flat, {"pixel_attention_mask": None, "spatial_shapes": shapes}
+        Args:
+            video_embeds (`torch.FloatTensor` of shape `(..., V, E)`): `support_embeds` or `query_embeds` of an output.
+            text_embeds (`torch.FloatTensor` of shape `(..., N, E)`): of [`embed_class_names`].
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., V, N)`, float32.
+        """
+        self._check_text_head()
+        return self.text_head(video_embeds, text_embeds)
+
+    def _check_text_head(self, of: str = ""):
+        if self.text_head is None:
+            raise ValueError(
+                f"{of}this model has no text head: build it with DmgalModel.from_backbone(..., text_guidance=True) on "
+                "a model of two towers (CLIP, SigLIP, SigLIP2, MetaCLIP 2)."
+            )
 
 
 def _read_others(support: DmgalSupport) -> torch.Tensor:
@@ -962,35 +588,6 @@ def _read_others(support: DmgalSupport) -> torch.Tensor:
 
 def _cross_keys(support: DmgalSupport) -> CrossMotionKeys:
     return CrossMotionKeys(support.states["cross.motion"], support.states["cross.values"])
-
-
-def _check_labels(name: str, labels: torch.Tensor | None, pixel_values: torch.Tensor):
-    shape = tuple(pixel_values.shape[:2])
-    if labels is None:
-        raise ValueError(f"{name} is missing: pass one class number a video, shape {shape}.")
-    if tuple(labels.shape) != shape:
-        raise ValueError(f"{name} must have the shape {shape}, one a video, got {tuple(labels.shape)}.")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"{name} must be int64, got {labels.dtype}.")
-
-
-def _absolute(name: str) -> str | None:
-    return os.path.abspath(name) if os.path.isdir(name) else name or None
-
-
-def _pair(size: int | list | tuple) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _num_channels(backbone_config: PreTrainedConfig) -> int:
-    if hasattr(backbone_config, "hidden_sizes"):
-        return backbone_config.hidden_sizes[-1]
-    if hasattr(backbone_config, "hidden_size"):
-        return backbone_config.hidden_size
-    raise ValueError(
-        f"backbone_config of type {backbone_config.model_type!r} has neither hidden_size nor hidden_sizes: choose a "
-        "transformers vision model such as ResNet, ViT, CLIP vision, DINOv2, DINOv3 or SigLIP vision."
-    )
 
 
 __all__ = ["DmgalModel", "DmgalOutput", "DmgalPreTrainedModel", "DmgalSupport"]
