@@ -1,55 +1,60 @@
 """`pipeline("few-shot-video-classification")`: a few clips a class, then labels for videos and streams."""
 
 import contextlib
-import math
 import os
 import tempfile
 import types
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from huggingface_hub import CommitInfo, HfApi
-from transformers import AutoConfig, BaseImageProcessor, Pipeline, PreTrainedModel, pipeline
+from transformers import Pipeline, PreTrainedModel, pipeline
 
-from ..model.class_texts import check_has_text_tower, class_texts, combined_logits
-from ..model.configuration_dmgal import DmgalConfig, check_text_weight
-from ..model.modeling_dmgal import DmgalModel, DmgalSupport
+from ..model.class_texts import check_has_text_tower, class_texts
+from ..model.configuration_dmgal import check_text_weight
+from ..model.kept_supports import DmgalSupport
 from ..model.video_processing_dmgal import DmgalVideoProcessor, _list_videos, undecoded_column
-from .query_model import DmgalQueryModel
-from .streaming import Picture, StreamedLabel, Window, is_live, window_batches, window_scores
-from .support_sets import (
-    SUPPORT_FORMAT,
-    UNKNOWN,
-    UNNAMED_MODEL,
+from .classifier_models import (
+    TASK,
+    classifier_model,
+    find_processor,
+    kept_model_id,
+)
+from .example_clips import clip_digests, read_classes, warn_of_repeats
+from .fitted_support import (
     FittedSupport,
-    check_kept_support,
+    answer,
+    best_scale,
+    blank_support,
+    check_clips_for_unknown,
+    check_finite,
     check_same_size,
     check_temperature,
     check_unknown,
-    clip_digests,
-    fields_of_untrained,
-    find_support,
-    kept_model_id,
-    load_processor,
-    model_revision,
+    check_whole_number,
+    encode_examples,
+    leave_one_out,
     numbered,
-    read_classes,
+    of_classes,
+)
+from .query_model import DmgalQueryModel
+from .streaming import Picture, StreamedLabel, Window, check_seconds, is_live, window_batches, window_scores
+from .support_sets import (
+    check_kept_support,
+    check_made_with,
+    find_support,
+    made_with,
     read_support,
     support_card,
-    warn_of_repeats,
     write_support,
 )
 
 if TYPE_CHECKING:
     import datasets
-
-TASK = "few-shot-video-classification"
 
 
 @dataclass(frozen=True)
@@ -111,25 +116,10 @@ class FewShotVideoClassificationPipeline(Pipeline):
         model_fields: Mapping[str, Any] | None = None,
         **kwargs,
     ):
-        if not hasattr(model, "encode_support"):
-            model = _untrained(model, model_fields or {})
-            if isinstance(image_processor, BaseImageProcessor) and not isinstance(
-                image_processor, DmgalVideoProcessor
-            ):
-                # The backbone's own, which `pipeline()` has loaded.
-                image_processor = DmgalVideoProcessor.from_dict(
-                    image_processor.to_dict(), num_frames=model.config.num_frames
-                )
-        elif model_fields:
-            raise ValueError(f"model_fields are for a bare backbone, and this is a DmgalModel: {dict(model_fields)}")
+        model, image_processor = classifier_model(model, image_processor, model_fields or {})
         # `pipeline()` loads that of the checkpoint as image_processor: what is given by another name is meant.
         given = [kwargs.pop(name) for name in ("processor", "video_processor") if kwargs.get(name) is not None]
-        processor = given[0] if given else image_processor
-        if isinstance(processor, (str, os.PathLike)):
-            processor = DmgalVideoProcessor.from_pretrained(processor)
-        processor = load_processor(model) if processor is None else processor
-        if not isinstance(processor, DmgalVideoProcessor):
-            raise ValueError(f"image_processor must be a DmgalVideoProcessor, got a {type(processor).__name__}.")
+        processor = find_processor(model, given[0] if given else image_processor)
         super().__init__(model, image_processor=processor, task=kwargs.pop("task", TASK), **kwargs)
         self.model.eval()
         self.temperature = self.model.config.score_temperature
@@ -255,7 +245,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
             )
         auto = isinstance(unknown, str) and unknown == "auto"
         distance = check_unknown(None if auto else unknown, classes, reserve=unknown is not None)
-        _check_clips_for_unknown(unknown, classes)
+        check_clips_for_unknown(unknown, classes)
         text_embeds = self._embed_names(list(classes), descriptions, text_weight)
         digests = clip_digests(classes)
         warn_of_repeats(classes, digests, {})
@@ -292,7 +282,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         with_text = old.text_embeds is not None
         classes = read_classes(support, video_column, label_column, with_text)
         check_unknown(None, classes, reserve=old.unknown is not None)
-        _check_clips_for_unknown(
+        check_clips_for_unknown(
             old.unknown, {label: clips for label, clips in classes.items() if label not in old.labels}
         )
         needs_clips = old.auto and self.model.has_cross_adapters
@@ -342,18 +332,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
             raise ValueError(
                 f"removing {list(labels)} would leave {list(left)}: a classifier needs two classes or more"
             )
-        names = [old.labels[number] for number in old.support.labels[0].tolist()]
-        clips = [clip for clip, name in enumerate(names) if name in left]
-        fitted = replace(
-            old,
-            labels=left,
-            support=numbered(old.support.select(clips), [left.index(names[clip]) for clip in clips], len(left)),
-            digests=tuple(old.digests[clip] for clip in clips),
-            pixel_values=None if old.pixel_values is None else old.pixel_values[clips],
-            text_embeds=None
-            if old.text_embeds is None
-            else old.text_embeds[[old.labels.index(label) for label in left]],
-        )
+        fitted = of_classes(old, left)
         if fitted.auto and not (self.model.has_cross_adapters and fitted.pixel_values is None):
             fitted = self._with_threshold(fitted)
         self._fitted = fitted
@@ -375,22 +354,12 @@ class FewShotVideoClassificationPipeline(Pipeline):
             ValueError: a class has a single clip; or, with Cmga-Adapters, `fit` was called without `unknown="auto"`.
         """
         fitted = self._current
-        logits = self._leave_one_out(fitted, "calibrate()").double()
-        (clips, way), own = logits.shape, fitted.support.labels[0].cpu()
-        targets = torch.full((clips, way), 1 / (clips + way), dtype=torch.float64)
-        targets[range(clips), own] = (clips + 1) / (clips + way)
-        temperatures = torch.logspace(-3, 2, 501, dtype=torch.float64)
-        by_clips = (logits / temperatures[:, None, None]).log_softmax(-1)
-        weights, by_text = [0.0], torch.zeros(())
+        logits, by_text = self._leave_one_out(fitted, "calibrate()"), None
         if fitted.text_embeds is not None:
-            weights += torch.logspace(-2, 1, 31, dtype=torch.float64).tolist()
-            with torch.no_grad():
-                by_text = self._text_log_probs(fitted.support.states["text.videos"][0], fitted).double().cpu()
-        fits = [((by_clips + weight * by_text).log_softmax(-1) * targets).sum((1, 2)) for weight in weights]
-        weight, temperature = divmod(int(torch.stack(fits).argmax()), len(temperatures))
-        self.temperature = float(temperatures[temperature])
+            by_text = self._text_log_probs(fitted.support.states["text.videos"][0], fitted)
+        self.temperature, weight = best_scale(logits, fitted.support.labels[0].cpu(), by_text)
         if fitted.text_embeds is not None:
-            self.text_weight = weights[weight]
+            self.text_weight = weight
         return self.temperature
 
     def _embed_names(
@@ -416,58 +385,15 @@ class FewShotVideoClassificationPipeline(Pipeline):
 
     def _leave_one_out(self, fitted: FittedSupport, purpose: str) -> torch.Tensor:
         """Logits of the support clips, each without itself: (S, N) float32 on the CPU."""
-        counts = Counter(fitted.support.labels[0].tolist())
-        single = [label for number, label in enumerate(fitted.labels) if counts[number] < 2]
-        if single:
-            raise ValueError(
-                f"{purpose} leaves out one clip at a time, so every class needs two or more, but {single} has one or "
-                "none: add a clip, or do without."
-            )
-        clips = fitted.pixel_values
-        if self.model.has_cross_adapters and clips is None:
-            raise ValueError(
-                f'{purpose} needs the clips again for a model with Cmga-Adapters: fit with unknown="auto", which '
-                "keeps them."
-            )
         with torch.no_grad(), self.device_placement():
-            clips = None if clips is None else self._to_model(clips[None])
-            return self.model.leave_one_out(fitted.support, clips)[0].float().cpu()
+            return leave_one_out(self.model, fitted, purpose)
 
-    def _encode(
-        self, classes: Mapping[str, Mapping[str, Any]], keep: bool, batch_size: int | None
-    ) -> tuple[DmgalSupport, torch.Tensor | None]:
-        """All clips as supports of class 0, and their pixel values (S, T, 3, H, W) if the model needs them again."""
-        videos = {name: video for of_class in classes.values() for name, video in of_class.items()}
-        names = list(videos)
+    def _encode(self, classes: Mapping[str, Mapping[str, Any]], keep: bool, batch_size: int | None):
+        """See [`encode_examples`]."""
         batch_size = self._batch_size or 1 if batch_size is None else batch_size
-        _check_whole_number("batch_size", batch_size)
-        if not names:
-            if self.model.has_cross_adapters or self.model.cross_attention is not None:
-                raise ValueError("no class has a clip, and this model (C-MGA) reads queries beside clips: give some")
-            return self._blank_support().to(self.device).select([]), None
-        parts, kept = [], []
+        check_whole_number("batch_size", batch_size)
         with torch.no_grad(), self.device_placement():
-            for start in range(0, len(names), batch_size):
-                batch = {name: videos[name] for name in names[start : start + batch_size]}
-                pixel_values = self.image_processor._pixel_values(batch)
-                labels = torch.zeros(1, len(batch), dtype=torch.int64, device=self.device)
-                parts.append(self.model.encode_support(self._to_model(pixel_values[None]), labels))
-                self._check_finite(parts[-1].features, ", ".join(batch))
-                check_same_size(parts[0], parts[-1])
-                if keep and self.model.has_cross_adapters:
-                    kept.append(pixel_values)
-        return DmgalSupport.cat(parts), torch.cat(kept) if kept else None
-
-    def _to_model(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return pixel_values.to(self.device, self.model.dtype)
-
-    def _check_finite(self, computed: torch.Tensor, source: str):
-        if not computed.isfinite().all():
-            dtype = str(self.model.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"the model gives NaN or infinity in {dtype} for {source}: load it in another dtype (float16 "
-                "overflows where bfloat16 does not), or check its weights"
-            )
+            return encode_examples(self.model, self.image_processor, classes, keep, batch_size)
 
     def query_model(self) -> DmgalQueryModel:
         """The model with the classes of now built in, to be compiled or exported: query videos in, logits out."""
@@ -481,26 +407,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         Writes the support set: `support.safetensors` and `support.json` with the labels, the threshold, the
         temperature, and id, revision and fingerprint of the model. The clips themselves are not in it.
         """
-        from ..data.kept_clips import (
-            fingerprint,
-        )  # brings `datasets` along, which takes longer to import than all else
-
-        fitted = self._current
-        about = {
-            "format_version": SUPPORT_FORMAT,
-            "labels": list(fitted.labels),
-            "unknown": fitted.unknown,
-            "unknown_is_auto": fitted.auto,
-            "temperature": self.temperature,
-            "text_weight": self.text_weight,
-            "model_fields": fields_of_untrained(self.model),
-            "clip_digests": list(fitted.digests),
-            "model": kept_model_id(self.model),
-            "revision": model_revision(self.model),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "fingerprint": fingerprint(self.model, self.image_processor),
-        }
-        write_support(folder, fitted.support, about, fitted.text_embeds)
+        write_support(folder, self._current, self.model, self.image_processor, self.temperature, self.text_weight)
 
     def load(
         self, folder_or_id: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
@@ -518,22 +425,12 @@ class FewShotVideoClassificationPipeline(Pipeline):
             ValueError: it was made with another model, other weights or another preprocessing; both are named. Or a
                 file of it is damaged.
         """
-        from ..data.kept_clips import (
-            fingerprint,
-        )  # brings `datasets` along, which takes longer to import than all else
-
         about, path = find_support(folder_or_id, revision, token)
-        found = fingerprint(self.model, self.image_processor)
-        if found != about["fingerprint"]:
-            made_with = f"{about['model'] or UNNAMED_MODEL} (revision {about['revision']}, {about['dtype']})"
-            raise ValueError(
-                f"the support set {os.fspath(folder_or_id)!r} was made with {made_with}, and this classifier has "
-                f"{kept_model_id(self.model) or UNNAMED_MODEL} (revision {model_revision(self.model)}, "
-                f"{str(self.model.dtype).removeprefix('torch.')}): weights, config or preprocessing differ, so the "
-                "kept features mean nothing here. Load that model, or fit again from the clips."
-            )
+        check_made_with(about, self.model, self.image_processor, os.fspath(folder_or_id))
         support, text_embeds = read_support(about, path)
-        check_kept_support(support, self._blank_support(), path, text_embeds)
+        with torch.no_grad(), self.device_placement():
+            blank = blank_support(self.model, self.image_processor)
+        check_kept_support(support, blank, path, text_embeds)
         fitted = FittedSupport(
             labels=tuple(about["labels"]),
             support=support.to(self.device),
@@ -547,16 +444,6 @@ class FewShotVideoClassificationPipeline(Pipeline):
         self._fitted = fitted
         self.text_weight = 0.0 if text_embeds is None else about["text_weight"]
         return self
-
-    def _blank_support(self) -> DmgalSupport:
-        """What the model makes of one black clip, on the CPU: dtypes and shapes of what it keeps of any other."""
-        processor = self.image_processor
-        size = processor.crop_size if processor.do_center_crop else processor.size
-        height, width = (size.get(side, size.get("shortest_edge")) for side in ("height", "width"))
-        with torch.no_grad(), self.device_placement():
-            clip = torch.zeros(1, 1, processor.num_frames, 3, height, width)
-            labels = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-            return self.model.encode_support(self._to_model(clip), labels).to("cpu")
 
     def push_to_hub(
         self,
@@ -594,22 +481,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
             kwargs: for [`~transformers.pipeline`]; `dtype` is that of the support set if it is not given.
         """
         about, _ = find_support(folder_or_id, revision, token)
-        if model is None:
-            model = about["model"]
-            if not model or (os.path.isabs(model) and not os.path.isdir(model)):
-                raise FileNotFoundError(
-                    f"the model of {os.fspath(folder_or_id)!r} was {model or UNNAMED_MODEL}, which is not here: pass "
-                    "model= with the model, its folder or its id"
-                )
-            kwargs["revision"] = about["revision"]
-            kwargs["model_fields"] = about["model_fields"]
-        elif not hasattr(model, "encode_support") and about["model_fields"]:
-            is_object = isinstance(model, PreTrainedModel)
-            config = model.config if is_object else AutoConfig.from_pretrained(model, token=token)
-            kwargs["model_fields"] = None if config.model_type == DmgalConfig.model_type else about["model_fields"]
-        if isinstance(model, (str, os.PathLike)):
-            kwargs.setdefault("dtype", about["dtype"])
-        classifier = pipeline(TASK, model=model, token=token, pipeline_class=cls, **kwargs)
+        kwargs = made_with(about, os.fspath(folder_or_id), model, token) | kwargs
+        classifier = pipeline(TASK, token=token, pipeline_class=cls, **kwargs)
         return classifier.load(folder_or_id, revision, token)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
@@ -659,7 +532,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         for name in parameters.keys() - {"top_k", "on_error"}:
             raise ValueError(f"unknown argument {name!r}; there are top_k, on_error, batch_size and num_workers")
         if parameters.get("top_k") is not None:
-            _check_whole_number("top_k", parameters["top_k"])
+            check_whole_number("top_k", parameters["top_k"])
         if parameters.get("on_error", "raise") not in ("raise", "skip"):
             raise ValueError(f'on_error must be "raise" or "skip", got {parameters["on_error"]!r}')
         preparing = {"on_error": parameters.pop("on_error")} if "on_error" in parameters else {}
@@ -681,7 +554,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         kinds = 1 if fitted.text_embeds is None else 2  # logits by clips, and log-probabilities by text
         logits = torch.full((len(errors), kinds, len(fitted.labels)), torch.nan, device=self.device)
         if read:
-            pixel_values = self._to_model(model_inputs["pixel_values"])[None]  # (1, Q, T, 3, H, W)
+            pixel_values = model_inputs["pixel_values"].to(self.device, self.model.dtype)[None]  # (1, Q, T, 3, H, W)
             found = self.model(query_pixel_values=pixel_values, support=fitted.support)
             logits[read, 0] = found.logits[0].float()
             if fitted.text_embeds is not None:
@@ -697,18 +570,9 @@ class FewShotVideoClassificationPipeline(Pipeline):
         return self._answer(model_outputs["logits"][0], model_outputs["fitted"].item(), top_k)
 
     def _answer(self, logits: torch.Tensor, fitted: FittedSupport, top_k: int | None) -> list[dict[str, Any]]:
-        """`logits` (1, N) by clips, or (2, N) with log-probabilities by text."""
-        self._check_finite(logits.masked_fill(logits.isneginf(), 0) if fitted.without_clips else logits, "a video")
-        (logits, *by_text), labels = logits.double(), list(fitted.labels)
-        if fitted.unknown is not None:
-            logits, labels = torch.cat([logits, logits.new_tensor([-fitted.unknown])]), [*labels, UNKNOWN]
-            # It has no text: there it is as likely as chance.
-            by_text = [torch.cat([of_text, of_text.new_tensor([-math.log(len(of_text))])]) for of_text in by_text]
-        if by_text and self.text_weight:
-            logits = combined_logits(logits, by_text[0], self.temperature, self.text_weight)
-        scores = (logits / self.temperature).softmax(0)
-        order = logits.argsort(descending=True, stable=True)[:top_k]
-        return [{"label": labels[number], "score": float(scores[number])} for number in order.tolist()]
+        checked = logits.masked_fill(logits.isneginf(), 0) if fitted.without_clips else logits
+        check_finite(checked, self.model.dtype, "a video")
+        return answer(logits, fitted, self.temperature, self.text_weight, top_k)
 
     # Streams
 
@@ -750,13 +614,10 @@ class FewShotVideoClassificationPipeline(Pipeline):
             VideoDecodeError: what does not open, holds no video or is damaged; what came before is answered first.
         """
         self._current  # noqa: B018 - raises before fit
-        for name, seconds in (("window", window), ("stride", stride)):
-            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 1e-3 <= seconds < math.inf:
-                raise ValueError(f"{name} must be a number of seconds, at least 0.001, got {seconds!r}")
+        window, stride = check_seconds("window", window), check_seconds("stride", stride)
         if batch_size is None:
             batch_size = 1 if is_live(video, format) else 8
-        _check_whole_number("batch_size", batch_size)
-        window, stride = (Fraction(seconds).limit_denominator(10**6) for seconds in (window, stride))
+        check_whole_number("batch_size", batch_size)
         num_frames = self.image_processor.num_frames
         return self._stream(window_batches(video, format, window, stride, num_frames, batch_size, self._read_frame))
 
@@ -782,31 +643,6 @@ class FewShotVideoClassificationPipeline(Pipeline):
         for window, of_window in zip(windows, logits):
             best = self._answer(of_window, fitted, top_k=1)[0]
             yield StreamedLabel(float(window.start), float(window.end), best["label"], best["score"])
-
-
-def _untrained(model: Any, fields: Mapping[str, Any]) -> DmgalModel:
-    """A bare backbone as a model. Raises `ValueError` for anything else, and says what can be done."""
-    problem = f"{TASK!r} needs a DmgalModel, not a {type(model).__name__}"
-    remedy = (
-        'choose a DMGAL checkpoint, or an image backbone that DmgalModel.from_backbone(X, paradigm="adapter") takes'
-    )
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{problem}: {remedy}.")
-    try:
-        return DmgalModel.untrained(model, **fields)
-    except ValueError as error:
-        raise ValueError(f"{problem} ({str(error).rstrip('.')}): {remedy}.") from error
-
-
-def _check_clips_for_unknown(unknown: Any, classes: Mapping[str, Any]):
-    empty = [label for label, clips in classes.items() if not clips]
-    if unknown is not None and empty:
-        raise ValueError(f"`unknown` is a distance to clips, and {empty} have none: give clips, or do without unknown")
-
-
-def _check_whole_number(name: str, value: int):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 __all__ = ["FewShotVideoClassificationPipeline", "StreamedLabel"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import re
 import sys
@@ -16,7 +17,8 @@ import av
 import torch
 from av.video.reformatter import VideoReformatter
 
-from ..model.modeling_dmgal import DmgalModel, DmgalSupport
+from ..model.kept_supports import DmgalSupport
+from ..model.modeling_dmgal import DmgalModel
 from ..model.reading_limits import VideoDecodeError, one_error
 from ..model.still_pictures import video_behind_picture
 from ..model.video_files import URL, ffmpeg_errors, open_video
@@ -80,6 +82,12 @@ class Picture:
         """(1, 3, H, W) uint8, as `read_frames` gives it."""
         rgb = upright_rgb(self.frame, self.reformatter)
         return torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None]
+
+
+def check_seconds(name: str, seconds: Any) -> Fraction:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 1e-3 <= seconds < math.inf:
+        raise ValueError(f"{name} must be a number of seconds, at least 0.001, got {seconds!r}")
+    return Fraction(seconds).limit_denominator(10**6)
 
 
 def is_live(video: Any, format: str | None) -> bool:

@@ -1,43 +1,29 @@
-"""The example clips of a few-shot classifier: read from what users give, checked, kept, and found again."""
+"""Support sets on disk and on the Hub: written, found, read and checked."""
 
-import hashlib
 import json
-import math
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-from numbers import Real
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
-from transformers.utils.hub import extract_commit_hash
+from transformers import AutoConfig, PreTrainedModel
 
-from ..model.backbones import has_adapters
 from ..model.configuration_dmgal import DmgalConfig, check_text_weight
-from ..model.modeling_dmgal import DmgalSupport
-from ..model.video_processing_dmgal import (
-    DmgalVideoProcessor,
-    _list_videos,
-    undecoded_column,
-)
+from ..model.kept_supports import DmgalSupport
+from ..model.video_processing_dmgal import DmgalVideoProcessor
+from .classifier_models import UNNAMED_MODEL, fields_of_untrained, kept_model_id, model_revision
+from .example_clips import file_digest
+from .fitted_support import FittedSupport
 
-if TYPE_CHECKING:
-    import datasets
-
-UNKNOWN = "unknown"
 SUPPORT_FILE, ABOUT_FILE = "support.safetensors", "support.json"
 SUPPORT_FORMAT = 1
-UNNAMED_MODEL = "a model that was never saved or got adapters afterwards"
 
 _ABOUT_FIELDS = {"labels": list, "unknown": (int, float, type(None)), "unknown_is_auto": bool,
                  "temperature": (int, float), "clip_digests": list, "model": (str, type(None)),
@@ -46,221 +32,35 @@ _ABOUT_FIELDS = {"labels": list, "unknown": (int, float, type(None)), "unknown_i
 TEXT_PROTOTYPES = "text.classes"  # among the tensors of a kept support set
 
 
-@dataclass(frozen=True)
-class FittedSupport:
-    """
-    A support set of one episode: `labels` names its classes; the S clips of `support` have the `digests` (None for
-    arrays); `pixel_values` (S, T, 3, H, W) are kept only where leaving one out needs them. `unknown` is the threshold
-    on distances, and `auto` says that it comes from leaving one out. `text_embeds` (N, E) are the prototypes by text,
-    `None` where text is left out.
-    """
-
-    labels: tuple[str, ...]
-    support: DmgalSupport
-    digests: tuple[str | None, ...]
-    pixel_values: torch.Tensor | None
-    unknown: float | None
-    auto: bool
-    text_embeds: torch.Tensor | None = None
-
-    @cached_property
-    def without_clips(self) -> tuple[str, ...]:
-        """The classes that have text alone."""
-        with_clips = set(self.support.labels[0].tolist())
-        return tuple(label for number, label in enumerate(self.labels) if number not in with_clips)
-
-
-# Example clips
-
-
-def read_classes(
-    support: Any, video_column: str, label_column: str, with_text: bool = False
-) -> dict[str, dict[str, Any]]:
-    """For each label its videos, by the names that errors call them; there may be none of a label `with_text`."""
-    import datasets  # takes longer to import than all of dmgal_hf
-
-    if isinstance(support, datasets.DatasetDict):
-        raise ValueError(f"`support` is a DatasetDict of the splits {list(support)}: give one of them")
-    if isinstance(support, (datasets.Dataset, datasets.IterableDataset)):
-        support = _group_rows(support, video_column, label_column)
-    if not isinstance(support, Mapping):
-        raise ValueError(
-            f"`support` is a mapping of labels to videos or a datasets.Dataset, not a {type(support).__name__}"
-        )
-    if not support:
-        raise ValueError("`support` is empty: give at least one class")
-    for label in support:
-        if not isinstance(label, str):
-            raise ValueError(f"the label {label!r} is a {type(label).__name__}: labels are strings")
-    return {
-        label: {}
-        if with_text and (examples is None or (isinstance(examples, (list, tuple)) and not examples))
-        else _list_videos(examples, f"support[{label!r}]")
-        for label, examples in support.items()
-    }
-
-
-def _group_rows(dataset: "datasets.Dataset", video_column: str, label_column: str) -> dict[str, list[Any]]:
-    import datasets
-
-    names = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its own
-    for name in (video_column, label_column):
-        if name not in names:
-            raise ValueError(f"the dataset has no column {name!r}; its columns are {names}")
-    feature, classes = (dataset.features or {}).get(label_column), {}
-    if isinstance(dataset, datasets.IterableDataset):  # one pass
-        dataset = undecoded_column(dataset[video_column]).source
-        rows = ((row[label_column], row[video_column]) for row in dataset)
-    else:
-        rows = zip(dataset[label_column], undecoded_column(dataset[video_column]))
-    for row, (label, video) in enumerate(rows):
-        for name, value in ((label_column, label), (video_column, video)):
-            if value is None or (isinstance(value, float) and math.isnan(value)):
-                raise ValueError(f"row {row} of the dataset has no {name}")
-        name = feature.int2str(label) if isinstance(feature, datasets.ClassLabel) else str(label)
-        classes.setdefault(name, []).append(video)
-    return classes
-
-
-def clip_digests(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
-    return {name: _digest(video) for videos in classes.values() for name, video in videos.items()}
-
-
-def _digest(video: Any) -> str | None:
-    """What tells whether two clips are the same video: a hash of the file's content, or of the address of others."""
-    if isinstance(video, Mapping):
-        video = video.get("path") if video.get("bytes") is None else video["bytes"]
-    if isinstance(video, (str, os.PathLike)):
-        path = os.fspath(video)
-        if os.path.isfile(path):
-            return _file_digest(path)
-        return hashlib.sha256((os.path.realpath(path) if os.path.exists(path) else path).encode()).hexdigest()
-    return hashlib.sha256(video).hexdigest() if isinstance(video, (bytes, bytearray, memoryview)) else None
-
-
-def _file_digest(path: str | os.PathLike) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def warn_of_repeats(classes: Mapping[str, Mapping[str, Any]], digests: Mapping[str, str | None], seen: dict[str, str]):
-    """`seen`: labels by the digests of clips that are there already."""
-    for label, videos in classes.items():
-        for name, video in videos.items():
-            digest = digests[name]
-            if digest is not None and seen.setdefault(digest, label) != label:
-                shown = os.fspath(video) if isinstance(video, (str, os.PathLike)) else name
-                warnings.warn(
-                    f"{shown} is an example of {label!r}, and the same video is one of {seen[digest]!r}: the two "
-                    "cannot be told apart by it",
-                    stacklevel=3,
-                )
-
-
-def numbered(support: DmgalSupport, numbers: list[int], way: int) -> DmgalSupport:
-    labels = torch.tensor([numbers], dtype=torch.int64, device=support.labels.device)
-    return replace(support, labels=labels, way=way)
-
-
-def check_same_size(first: DmgalSupport, other: DmgalSupport):
-    sizes = [
-        {name: state.shape[-2] // part.features.shape[1] for name, state in part.states.items() if state.ndim > 1}
-        for part in (first, other)
-    ]
-    if sizes[0] != sizes[1] or first.features.shape[2:] != other.features.shape[2:]:
-        raise ValueError(
-            "the clips come out in different sizes: set do_center_crop=True of the processor, or give clips of one "
-            "size"
-        )
-
-
-def check_unknown(distance: Any, labels: Any, reserve: bool | None = None) -> float | None:
-    """`reserve`: whether the answer "unknown" is wanted, by default whether there is a distance."""
-    if distance is not None and not (_is_finite(distance) and distance >= 0):
-        raise ValueError(f"`unknown` is {distance!r}; allowed are 'auto' (in fit), a distance of 0 or more, or None")
-    if UNKNOWN in labels and (distance is not None if reserve is None else reserve):
-        raise ValueError(f"a class is called {UNKNOWN!r}, which the threshold on distances answers: rename the class")
-    return None if distance is None else float(distance)
-
-
-def check_temperature(value: Any) -> float:
-    if not (_is_finite(value) and value > 0):
-        raise ValueError(f"temperature must be a number above 0, got {value!r}")
-    return float(value)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-# Models and kept support sets
-
-
-def load_processor(model: PreTrainedModel) -> DmgalVideoProcessor:
-    name = model_id(model)
-    if not name:
-        raise ValueError(
-            "the model does not come from a checkpoint, so there is no processor to go with it: pass "
-            "image_processor=DmgalVideoProcessor(...)."
-        )
-    try:
-        return DmgalVideoProcessor.from_pretrained(name, revision=model_revision(model))
-    except OSError as error:
-        raise ValueError(
-            f"{name} has no preprocessor_config.json: save its DmgalVideoProcessor there, or pass image_processor=."
-        ) from error
-
-
-def model_id(model: PreTrainedModel) -> str | None:
-    """Id or absolute folder of the checkpoint, None for a model that has none."""
-    name = getattr(model, "name_or_path", None)
-    return os.path.abspath(name) if name and os.path.isdir(name) else name or None
-
-
-def kept_model_id(model: PreTrainedModel) -> str | None:
-    """[`model_id`] if that checkpoint alone gives the model, None if it never was one or got adapters afterwards."""
-    # peft calls the model in itself by the name of the checkpoint; transformers' own load_adapter() marks the model.
-    changed = isinstance(model, PeftModel) or getattr(model.backbone, "_hf_peft_config_loaded", False)
-    built_here = _is_of_backbone(model) and (model.config.paradigm != "adapter" or has_adapters(model.backbone))
-    return None if changed or built_here else model_id(model)
-
-
-def fields_of_untrained(model: PreTrainedModel) -> dict[str, Any] | None:
-    """
-    What `DmgalModel.untrained` needs beside the backbone to give this model again; `None` for one of a checkpoint.
-    """
-    if not _is_of_backbone(model) or kept_model_id(model) is None:
-        return None
-    names = set(DmgalConfig.__annotations__) & set(DmgalConfig.__dataclass_fields__)
-    left_out = {"backbone_config", "adapter_config", "format_version", "text_model"}
-    return {name: getattr(model.config, name) for name in sorted(names - left_out)}
-
-
-def _is_of_backbone(model: PreTrainedModel) -> bool:
-    """Whether it is named after its backbone, as by from_backbone(), and not after a checkpoint of its own."""
-    return bool(model.name_or_path) and model.name_or_path == model.backbone.name_or_path
-
-
-def model_revision(model: PreTrainedModel) -> str | None:
-    """Commit of the checkpoint on the Hub; transformers no longer keeps it, and then it is that of the cached main."""
-    name = model_id(model)
-    if name is None or os.path.isabs(name):
-        return None
-    cached = try_to_load_from_cache(name, "config.json")
-    known = getattr(model.config, "_commit_hash", None)
-    return extract_commit_hash(cached if isinstance(cached, str) else None, known)
-
-
 def write_support(
-    folder: str | os.PathLike, support: DmgalSupport, about: dict[str, Any], text_embeds: torch.Tensor | None = None
+    folder: str | os.PathLike,
+    fitted: FittedSupport,
+    model: PreTrainedModel,
+    processor: DmgalVideoProcessor,
+    temperature: float,
+    text_weight: float,
 ):
     """
-    Both files of a kept support set, with the prototypes (N, E) by text if there are any. They replace those of before
-    once they are whole. The second names the first by its hash, so they cannot be mixed up.
+    Both files of a kept support set. They replace those of before once they are whole. The second names the first by
+    its hash, so they cannot be mixed up.
     """
+    from ..data.kept_clips import fingerprint  # brings `datasets` along, which takes longer to import than all else
+
+    about = {
+        "format_version": SUPPORT_FORMAT,
+        "labels": list(fitted.labels),
+        "unknown": fitted.unknown,
+        "unknown_is_auto": fitted.auto,
+        "temperature": temperature,
+        "text_weight": text_weight,
+        "model_fields": fields_of_untrained(model),
+        "clip_digests": list(fitted.digests),
+        "model": kept_model_id(model),
+        "revision": model_revision(model),
+        "dtype": _dtype_name(model),
+        "fingerprint": fingerprint(model, processor),
+    }
+    support, text_embeds = fitted.support, fitted.text_embeds
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if text_embeds is not None:
@@ -268,10 +68,48 @@ def write_support(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".aside") as aside:
         tensors, fields = Path(aside, SUPPORT_FILE), Path(aside, ABOUT_FILE)
         support.save(tensors)
-        text = json.dumps(about | {"tensors": _file_digest(tensors)}, indent=2, ensure_ascii=False)
+        text = json.dumps(about | {"tensors": file_digest(tensors)}, indent=2, ensure_ascii=False)
         fields.write_text(text + "\n", "utf-8", errors="backslashreplace")  # half a character, as JSON writes it
         os.replace(tensors, folder / SUPPORT_FILE)
         os.replace(fields, folder / ABOUT_FILE)
+
+
+def check_made_with(about: dict[str, Any], model: PreTrainedModel, processor: DmgalVideoProcessor, name: str):
+    """Raises `ValueError` unless the support set `name` was made with this model and processor; both are named."""
+    from ..data.kept_clips import fingerprint
+
+    if fingerprint(model, processor) != about["fingerprint"]:
+        made_by = f"{about['model'] or UNNAMED_MODEL} (revision {about['revision']}, {about['dtype']})"
+        raise ValueError(
+            f"the support set {name!r} was made with {made_by}, and this classifier has "
+            f"{kept_model_id(model) or UNNAMED_MODEL} (revision {model_revision(model)}, {_dtype_name(model)}): "
+            "weights, config or preprocessing differ, so the kept features mean nothing here. Load that model, or fit "
+            "again from the clips."
+        )
+
+
+def made_with(
+    about: dict[str, Any], name: str, model: str | PreTrainedModel | None, token: str | bool | None
+) -> dict[str, Any]:
+    """What `pipeline()` needs for the model of the support set `name`; `model` is where it lies now, if it moved."""
+    fields, found = about["model_fields"], {"model": model}
+    if model is None:
+        model = about["model"]
+        if not model or (os.path.isabs(model) and not os.path.isdir(model)):
+            raise FileNotFoundError(
+                f"the model of {name!r} was {model or UNNAMED_MODEL}, which is not here: pass model= with the model, "
+                "its folder or its id"
+            )
+        found = {"model": model, "revision": about["revision"], "model_fields": fields}
+    elif not hasattr(model, "encode_support") and fields:
+        is_object = isinstance(model, PreTrainedModel)
+        config = model.config if is_object else AutoConfig.from_pretrained(model, token=token)
+        found["model_fields"] = None if config.model_type == DmgalConfig.model_type else fields
+    return found | ({"dtype": about["dtype"]} if isinstance(model, (str, os.PathLike)) else {})
+
+
+def _dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def read_support(about: dict[str, Any], path: Path) -> tuple[DmgalSupport, torch.Tensor | None]:
@@ -284,7 +122,7 @@ def read_support(about: dict[str, Any], path: Path) -> tuple[DmgalSupport, torch
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): fit again from the clips, and save") from error
     # The hash is younger than the format.
-    same = "tensors" not in about or about["tensors"] == _file_digest(path)
+    same = "tensors" not in about or about["tensors"] == file_digest(path)
     if not same or (support.way, support.labels.numel()) != (len(about["labels"]), len(about["clip_digests"])):
         raise ValueError(
             f"{path} and the {ABOUT_FILE} beside it are not of one support set: copy both files of a folder that "

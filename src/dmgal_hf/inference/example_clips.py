@@ -1,0 +1,100 @@
+"""The example clips of a few-shot classifier, read from what users give."""
+
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..model.video_processing_dmgal import _list_videos, undecoded_column
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def read_classes(
+    support: Any, video_column: str, label_column: str, with_text: bool = False
+) -> dict[str, dict[str, Any]]:
+    """For each label its videos, by the names that errors call them; there may be none of a label `with_text`."""
+    import datasets  # takes longer to import than all of dmgal_hf
+
+    if isinstance(support, datasets.DatasetDict):
+        raise ValueError(f"`support` is a DatasetDict of the splits {list(support)}: give one of them")
+    if isinstance(support, (datasets.Dataset, datasets.IterableDataset)):
+        support = _group_rows(support, video_column, label_column)
+    if not isinstance(support, Mapping):
+        raise ValueError(
+            f"`support` is a mapping of labels to videos or a datasets.Dataset, not a {type(support).__name__}"
+        )
+    if not support:
+        raise ValueError("`support` is empty: give at least one class")
+    for label in support:
+        if not isinstance(label, str):
+            raise ValueError(f"the label {label!r} is a {type(label).__name__}: labels are strings")
+    return {
+        label: {}
+        if with_text and (examples is None or (isinstance(examples, (list, tuple)) and not examples))
+        else _list_videos(examples, f"support[{label!r}]")
+        for label, examples in support.items()
+    }
+
+
+def _group_rows(dataset: "datasets.Dataset", video_column: str, label_column: str) -> dict[str, list[Any]]:
+    import datasets
+
+    names = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its own
+    for name in (video_column, label_column):
+        if name not in names:
+            raise ValueError(f"the dataset has no column {name!r}; its columns are {names}")
+    feature, classes = (dataset.features or {}).get(label_column), {}
+    if isinstance(dataset, datasets.IterableDataset):  # one pass
+        dataset = undecoded_column(dataset[video_column]).source
+        rows = ((row[label_column], row[video_column]) for row in dataset)
+    else:
+        rows = zip(dataset[label_column], undecoded_column(dataset[video_column]))
+    for row, (label, video) in enumerate(rows):
+        for name, value in ((label_column, label), (video_column, video)):
+            if value is None or (isinstance(value, float) and math.isnan(value)):
+                raise ValueError(f"row {row} of the dataset has no {name}")
+        name = feature.int2str(label) if isinstance(feature, datasets.ClassLabel) else str(label)
+        classes.setdefault(name, []).append(video)
+    return classes
+
+
+def clip_digests(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
+    return {name: _digest(video) for videos in classes.values() for name, video in videos.items()}
+
+
+def _digest(video: Any) -> str | None:
+    """What tells whether two clips are the same video: a hash of the file's content, or of the address of others."""
+    if isinstance(video, Mapping):
+        video = video.get("path") if video.get("bytes") is None else video["bytes"]
+    if isinstance(video, (str, os.PathLike)):
+        path = os.fspath(video)
+        if os.path.isfile(path):
+            return file_digest(path)
+        return hashlib.sha256((os.path.realpath(path) if os.path.exists(path) else path).encode()).hexdigest()
+    return hashlib.sha256(video).hexdigest() if isinstance(video, (bytes, bytearray, memoryview)) else None
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def warn_of_repeats(classes: Mapping[str, Mapping[str, Any]], digests: Mapping[str, str | None], seen: dict[str, str]):
+    """`seen`: labels by the digests of clips that are there already."""
+    for label, videos in classes.items():
+        for name, video in videos.items():
+            digest = digests[name]
+            if digest is not None and seen.setdefault(digest, label) != label:
+                shown = os.fspath(video) if isinstance(video, (str, os.PathLike)) else name
+                warnings.warn(
+                    f"{shown} is an example of {label!r}, and the same video is one of {seen[digest]!r}: the two "
+                    "cannot be told apart by it",
+                    stacklevel=3,
+                )
