@@ -11,6 +11,7 @@ from .feeding import augment_ahead, pack_episodes
 from .kept_clips import KeptClips, encode_clips
 from .motion_shapes import load_motion_shapes
 from .puppets import load_puppets
+from .reading_workers import obey_main_process
 from .splits import BENCHMARKS
 from .transforms import ClipAugmentation
 
@@ -31,6 +32,7 @@ __all__ = [
     "load_motion_shapes",
     "load_puppets",
     "load_video_folder",
+    "obey_main_process",
     "pack_episodes",
     "sample_episodes",
     "seed_from",

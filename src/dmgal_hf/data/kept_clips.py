@@ -28,6 +28,7 @@ from ..model.video_decoding import read_frames
 from ..model.video_processing_dmgal import DmgalVideoProcessor, DmgalVideoProcessorKwargs, undecoded_column
 from ..model.zip_archive import split_zip_path
 from .frame_memory import FrameMemory
+from .reading_workers import obey_main_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -242,6 +243,7 @@ def encode_clips(
         num_workers=num_workers,
         collate_fn=_stack,
         pin_memory=device.type == "cuda",
+        worker_init_fn=obey_main_process,
     )
     bar = tqdm(total=len(rows), initial=len(rows) - len(keeper.missing), desc=f"{description}: clips", unit="clip",
                leave=False, disable=keeper.process > 0)  # fmt: skip

@@ -5,12 +5,14 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
@@ -167,13 +169,18 @@ def differing_fields(before: dict[str, Any], now: dict[str, Any], free: set[str]
     ]
 
 
+# Set by the launchers of torch and accelerate. Other parents do not count: the shell behind nohup may go.
+_LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
+
+
 class StopSignal:
     """
-    Turns SIGTERM and Ctrl-C into a request that the training loop honours after its step, and at once where the state
-    is saved already. A second Ctrl-C is not held back. The processes of a launcher of several that was killed with -9
-    live on unseen, so its death is a request as well.
+    Turns SIGTERM and Ctrl-C into a request that the training loop honours after its step, and at once where there is
+    nothing to save. A second Ctrl-C is not held back. A launcher that is ended leaves its process running, or, by
+    kill -9, several of them, so its end is a SIGTERM as well.
 
     Attributes:
+        received (`int`): the first signal of this process, 0 if none.
         agreed (`int`): the signal that any process had received when the processes last compared, 0 if none.
     """
 
@@ -182,28 +189,41 @@ class StopSignal:
     def __init__(self):
         self.received = self.agreed = 0
         self._at_once = False
-        # Of torch's launcher alone: the shell behind nohup may go and its process stay.
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._watch_launcher, args=(os.getppid(),), daemon=True)
 
     def __enter__(self) -> "StopSignal":
         self._previous = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        if any(name in os.environ for name in _LAUNCHED):
+            self._watch.start()
         return self
 
     def __exit__(self, *_):
+        self._over.set()
+        if self._watch.is_alive():
+            self._watch.join()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def _watch_launcher(self, parent: int):
+        gone = False
+        # The first process takes over from a launcher that went while this one was starting, or is the launcher itself.
+        with suppress(psutil.Error):
+            gone = parent == 1 and "python" not in " ".join(psutil.Process(parent).cmdline())
+        while not gone and not self._over.wait(0.5):
+            gone = os.getppid() != parent
+        if gone:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def _note(self, number: int, _frame):
-        if self._at_once:
-            self.leave(number)
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        first, self.received = not self.received, self.received or number
+        if first and self._at_once:
+            self.leave(number)
 
     def flags(self) -> list[float]:
         """What this process received, for the processes to compare."""
-        if self._launcher not in (None, os.getppid()):
-            self.received = self.received or signal.SIGTERM
         return [float(self.received == number) for number in self.NUMBERS]
 
     def agree(self, flags: list[float]):
@@ -212,16 +232,25 @@ class StopSignal:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal ends the process where it stands."""
-        self._at_once = True
+        """Inside, but for what is [`held`], a signal ends the process where it stands."""
+        before, self._at_once = self._at_once, True
         if self.received:
             self.leave(self.received)
         yield
-        self._at_once = False
+        self._at_once = before
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, but for what is [`at_once`], a signal is noted; it ends the process afterwards."""
+        before, self._at_once = self._at_once, False
+        yield
+        self._at_once = before
+        if self.received:
+            self.leave(self.received)
 
     def leave(self, number: int):
         """Ends the process, to be resumed."""
-        print("Stopped. Go on with --resume.", file=sys.stderr)
+        print("Stopped. Go on with --resume (without it where no state was saved yet).", file=sys.stderr)
         raise SystemExit(128 + number)
 
 

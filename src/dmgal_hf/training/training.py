@@ -56,8 +56,14 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
     Raises:
         ValueError: arguments that do not fit each other, the data or the number of processes.
         RuntimeError: too many steps in a row without a finite loss, or too many unreadable videos.
-        SystemExit: SIGTERM or Ctrl-C, after a resumable state was written.
+        SystemExit: SIGTERM (143), Ctrl-C (130) or, as if by SIGTERM, the end of the launcher; after a resumable state
+            was written.
     """
+    with StopSignal() as stop, stop.at_once():
+        return _train(data, model, arguments, stop)
+
+
+def _train(data: DataArguments, model: ModelArguments, arguments: TrainArguments, stop: StopSignal) -> dict[str, Any]:
     if arguments.cpu_threads is not None:
         torch.set_num_threads(arguments.cpu_threads)
     accelerator = build_accelerator(arguments)
@@ -79,7 +85,7 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
         if accelerator.is_main_process:
             replace_file(output_dir / "config.yaml", yaml.safe_dump(fields, sort_keys=False))
         accelerator.init_trackers("dmgal", {name: str(value) for name, value in fields.items()})
-        with StopSignal() as stop:
+        with stop.held():
             run.train(stop)
         metrics = run.finish()
     for tracker in accelerator.trackers:

@@ -33,6 +33,7 @@ from ..data import (
     EpisodeVideos,
     augment_ahead,
     collate_episodes,
+    obey_main_process,
     pack_episodes,
     sample_episodes,
     seed_from,
@@ -372,6 +373,7 @@ class TrainingRun:
             num_workers=self.num_workers,
             collate_fn=pack_episodes if on_gpu else collate_episodes,
             pin_memory=on_gpu,
+            worker_init_fn=obey_main_process,
         )
         loader = self.accelerator.prepare_data_loader(loader, device_placement=not on_gpu)
         return augment_ahead(loader, (support, query), self.accelerator.device) if on_gpu else loader
