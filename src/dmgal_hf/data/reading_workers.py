@@ -9,8 +9,8 @@ import threading
 def obey_main_process(_worker: int):
     """
     The `worker_init_fn` of a `DataLoader` whose workers end with the process they read for, and not before it: Ctrl-C
-    and the SIGTERM of `timeout`, Slurm or Kubernetes reach all processes of a group, of which the main one is to finish
-    its step and to save a state first.
+    and the SIGTERM of `timeout`, Slurm or Kubernetes reach a whole group of processes, and the main one of them is to
+    finish its step and to save a state.
 
     A SIGTERM of the main process itself still ends them. It sends one at its exit and then waits for each: one that
     ignored this as well would be waited for without end.

@@ -207,7 +207,7 @@ class StopSignal:
 
     def _watch_launcher(self, parent: int):
         gone = False
-        # The first process takes over from a launcher that went while this one was starting, or is the launcher itself.
+        # The first process took over from a launcher that went while this one started, or is the launcher itself.
         with suppress(psutil.Error):
             gone = parent == 1 and "python" not in " ".join(psutil.Process(parent).cmdline())
         while not gone and not self._over.wait(0.5):
