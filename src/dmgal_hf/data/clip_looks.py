@@ -92,7 +92,7 @@ def draw_backdrop(
     grounds, name = list(draw_colours(rng, 1, levels)), choose(rng, backgrounds)
     if name == "flat":
         frames = np.empty((camera.shape[1], SIZE, SIZE, 3), np.uint8)
-        frames[:] = np.rint(255 * grounds[0])
+        frames[:] = np.tile(np.rint(255 * grounds[0]), (SIZE, 1))  # a row at a time is copied fast
     else:
         grounds.append(np.clip(grounds[0] + 0.5 * (rng.random(3) - 0.5), 0, 1))
         tones = np.rint(np.linspace(255 * grounds[0], 255 * grounds[1], 256)).astype(np.uint8)

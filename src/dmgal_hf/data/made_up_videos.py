@@ -52,6 +52,72 @@ class MadeUpVideos(NamedTuple):
                 f"unknown motion class {class_name!r} of {self.name}: use one of {', '.join(self.splits)}"
             )
 
+    def load(
+        self,
+        preset: str = "plain",
+        clips_per_class: int = 40,
+        seed: int = 0,
+        cache_dir: str | os.PathLike | None = None,
+        num_proc: int | None = None,
+    ) -> DatasetDict:
+        """Make the clips that are not yet in the cache, and offer them as datasets.
+
+        Args:
+            preset: "plain" (flat backgrounds), "textured" (patterns on all, less contrast) or, of puppets, "crowd"
+                (also other figures and objects that move otherwise, and a post that hides a part).
+            clips_per_class: clips a class. Asking for more later only adds files; asking for fewer takes the first
+                ones.
+            seed: another seed, other clips of the same classes, in a folder of their own.
+            cache_dir: where the clips go, by default `<HF_HOME>/dmgal_hf/<name of the dataset>`. A complete cache is
+                only read.
+            num_proc: processes that make clips, by default one a CPU core. The clips do not depend on it.
+
+        Returns:
+            DatasetDict of "train" (base classes), "validation" and "test" (novel classes), with disjoint classes.
+            Columns: `video` (`Video(decode=False)`), `label` (`ClassLabel` with the names of all splits), `video_id`.
+
+        Raises:
+            ValueError: unknown preset, or `clips_per_class` or `num_proc` below 1.
+            OSError: the cache folder cannot be made or written.
+        """
+        self.check(preset)
+        num_proc = (os.cpu_count() or 1) if num_proc is None else num_proc
+        for name, value in (("clips_per_class", clips_per_class), ("num_proc", num_proc)):
+            if operator.index(value) < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+
+        default = Path(constants.HF_HOME, "dmgal_hf", self.name.replace(" ", "_"))
+        root = Path(cache_dir) if cache_dir is not None else default
+        folder = root.expanduser().absolute() / f"{preset}-seed{operator.index(seed)}-v{self.version}"
+        self._make_missing(folder, preset, clips_per_class, seed, num_proc)
+
+        label = ClassLabel(names=list(self.splits))
+        features = Features({"video": Video(decode=False), "label": label, "video_id": Value("string")})
+        splits = DatasetDict()
+        for split in ("train", "validation", "test"):
+            clips = [(name, i) for name, own in self.splits.items() if own == split for i in range(clips_per_class)]
+            paths = [str(folder / name / _clip_name(index)) for name, index in clips]
+            ids = [f"{name}_{index:05d}" for name, index in clips]
+            columns = {"video": paths, "label": [name for name, _ in clips], "video_id": ids}
+            splits[split] = Dataset.from_dict(columns, features=features, split=split)
+        return splits
+
+    def _make_missing(self, folder: Path, preset: str, clips_per_class: int, seed: int, num_proc: int):
+        try:
+            jobs = []
+            for name in self.splits:
+                (folder / name).mkdir(parents=True, exist_ok=True)
+                present = set(os.listdir(folder / name))
+                missing = (index for index in range(clips_per_class) if _clip_name(index) not in present)
+                jobs += [(self.render, str(folder), name, preset, operator.index(seed), index) for index in missing]
+            if jobs:  # fewer than 8 clips are not worth a process
+                _write_clips(jobs, min(num_proc, math.ceil(len(jobs) / 8)), self.name)
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.name} clips under {folder}: {error}; give a writable folder with room as "
+                "cache_dir"
+            ) from error
+
 
 def _encode(frames: np.ndarray) -> bytes:
     """One H.264 mp4 file, the same bytes on every call."""
@@ -107,47 +173,3 @@ def _write_clips(jobs: list[tuple], num_proc: int, name: str) -> None:
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def load_made_up_videos(
-    videos: MadeUpVideos,
-    preset: str,
-    clips_per_class: int,
-    seed: int,
-    cache_dir: str | os.PathLike | None,
-    num_proc: int | None,
-) -> DatasetDict:
-    """Make the clips that are not yet in the cache, and offer them as datasets; see [`load_motion_shapes`]."""
-    videos.check(preset)
-    num_proc = (os.cpu_count() or 1) if num_proc is None else num_proc
-    for name, value in (("clips_per_class", clips_per_class), ("num_proc", num_proc)):
-        if operator.index(value) < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
-
-    default = Path(constants.HF_HOME, "dmgal_hf", videos.name.replace(" ", "_"))
-    root = Path(cache_dir) if cache_dir is not None else default
-    folder = root.expanduser().absolute() / f"{preset}-seed{operator.index(seed)}-v{videos.version}"
-    try:
-        jobs = []
-        for name in videos.splits:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            present = set(os.listdir(folder / name))
-            missing = (index for index in range(clips_per_class) if _clip_name(index) not in present)
-            jobs += [(videos.render, str(folder), name, preset, operator.index(seed), index) for index in missing]
-        if jobs:  # fewer than 8 clips are not worth a process
-            _write_clips(jobs, min(num_proc, math.ceil(len(jobs) / 8)), videos.name)
-    except OSError as error:
-        raise OSError(
-            f"cannot write {videos.name} clips under {folder}: {error}; give a writable folder with room as cache_dir"
-        ) from error
-
-    label = ClassLabel(names=list(videos.splits))
-    features = Features({"video": Video(decode=False), "label": label, "video_id": Value("string")})
-    splits = DatasetDict()
-    for split in ("train", "validation", "test"):
-        clips = [(name, i) for name, own in videos.splits.items() if own == split for i in range(clips_per_class)]
-        paths = [str(folder / name / _clip_name(index)) for name, index in clips]
-        ids = [f"{name}_{index:05d}" for name, index in clips]
-        columns = {"video": paths, "label": [name for name, _ in clips], "video_id": ids}
-        splits[split] = Dataset.from_dict(columns, features=features, split=split)
-    return splits

@@ -14,13 +14,11 @@ by a grey level or two; the bytes of the files also depend on the version of x26
 
 import math
 import operator
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from datasets import DatasetDict
 
 from .clip_looks import (
     FRAMES,
@@ -33,7 +31,7 @@ from .clip_looks import (
     random_numbers,
     soft_edged,
 )
-from .made_up_videos import MadeUpVideos, load_made_up_videos
+from .made_up_videos import MadeUpVideos
 
 GENERATOR_VERSION = 1  # raise it with any change that alters a clip: it names the cache folder and seeds the clips
 RADIUS_RANGE = (16, 26)  # pixels, before the size changes
@@ -255,29 +253,4 @@ MOTION_SHAPES = MadeUpVideos(
     "motion shapes", GENERATOR_VERSION, PRESETS, {name: motion.split for name, motion in MOTIONS.items()}, render_clip
 )
 
-
-def load_motion_shapes(
-    preset: str = "plain",
-    clips_per_class: int = 40,
-    seed: int = 0,
-    cache_dir: str | os.PathLike | None = None,
-    num_proc: int | None = None,
-) -> DatasetDict:
-    """Make the motion shapes clips that are not yet in the cache, and offer them as datasets.
-
-    Args:
-        preset: "plain" (flat backgrounds) or "textured" (textured backgrounds, no plain objects, less contrast).
-        clips_per_class: clips a class. Asking for more later only adds files; asking for fewer takes the first ones.
-        seed: another seed, other clips of the same classes, in a folder of their own.
-        cache_dir: where the clips go, by default `<HF_HOME>/dmgal_hf/motion_shapes`. A complete cache is only read.
-        num_proc: processes that make clips, by default one a CPU core. The clips do not depend on it.
-
-    Returns:
-        DatasetDict of "train" (base classes), "validation" and "test" (novel classes), with disjoint classes. Columns:
-        `video` (`Video(decode=False)`), `label` (`ClassLabel` with the names of all splits), `video_id`.
-
-    Raises:
-        ValueError: unknown preset, or `clips_per_class` or `num_proc` below 1.
-        OSError: the cache folder cannot be made or written.
-    """
-    return load_made_up_videos(MOTION_SHAPES, preset, clips_per_class, seed, cache_dir, num_proc)
+load_motion_shapes = MOTION_SHAPES.load

@@ -11,11 +11,9 @@ clip of motion shapes may.
 """
 
 import operator
-import os
 from typing import NamedTuple
 
 import numpy as np
-from datasets import DatasetDict
 
 from .clip_looks import (
     FRAMES,
@@ -29,7 +27,7 @@ from .clip_looks import (
     random_numbers,
     soft_edged,
 )
-from .made_up_videos import MadeUpVideos, load_made_up_videos
+from .made_up_videos import MadeUpVideos
 from .puppet_actions import ACTIONS, CLASSES, LIMB_JOINTS, SIDES, Variant, joint_angles
 
 GENERATOR_VERSION = 1  # raise it with any change that alters a clip: it names the cache folder and seeds the clips
@@ -206,35 +204,59 @@ class _Capsules(NamedTuple):
     waves: np.ndarray  # (n, 4): radians from start to end and where they start, the same from axis to edge
 
 
+def _ranges(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of n ranges, one range after the other, and before them which of the ranges each is of."""
+    lengths = np.maximum(end - first, 0)
+    which = np.repeat(np.arange(len(first)), lengths)
+    return which, np.arange(len(which)) - np.repeat(np.cumsum(lengths) - lengths - first, lengths)
+
+
+def _pixels_near(start: np.ndarray, end: np.ndarray, reach: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Frame, row and column of all pixels within `reach` (frames,) of the line from `start` to `end`, (frames, 2) each,
+    and of few others: of a row, those between the ends of the part of the line that is as near to the row, and `reach`
+    more.
+    """
+
+    def inside(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        bounds = np.stack([np.ceil(low), np.floor(high) + 1])
+        return _ranges(*np.clip(bounds, 0, SIZE).astype(int))
+
+    above, below = np.minimum(start, end)[:, 1], np.maximum(start, end)[:, 1]
+    frame, row = inside(above - reach, below + reach)
+    reach, (x, y), (dx, dy) = reach[frame], start[frame].T, (end - start)[frame].T
+    dy = np.where(np.abs(dy) < 1e-6, 1e-6, dy)
+    between = dx * np.clip(np.stack([row - y - reach, row - y + reach]) / dy, 0, 1)
+    line, column = inside(x + between.min(0) - reach, x + between.max(0) + reach)
+    return frame[line], row[line], column
+
+
 def _paint(frames: np.ndarray, capsules: _Capsules) -> None:
     """Draw into `frames` (frames, SIZE, SIZE, 3) uint8, from the farthest to the nearest of every frame."""
-    every = np.arange(len(frames))
+    every, levels, channels = np.arange(len(frames)), frames.reshape(-1), np.arange(3)[:, None]
     for which in np.argsort(capsules.nearness, axis=1, kind="stable").T:  # (frames,): one of each frame
-        start, end = np.moveaxis(capsules.ends[every, which], 1, 0).astype(np.float32)  # (frames, 2)
+        start, end = capsules.ends[every, which].astype(np.float32).swapaxes(0, 1)  # (frames, 2)
         radii = capsules.radii[every, which].astype(np.float32)
-        reach = np.ceil((np.abs(end - start) / 2 + radii.max(1, keepdims=True)).max(0)).astype(int) + 1
-        window = np.minimum(2 * reach + 1, SIZE)
-        corner = np.clip(np.rint((start + end) / 2).astype(int) - reach, 0, SIZE - window)  # (frames, 2)
-        across, down = (corner[:, axis, None] + np.arange(window[axis], dtype=np.float32) for axis in (0, 1))
-        x, y = (across - start[:, :1])[:, None, :], (down - start[:, 1:])[:, :, None]
-        (dx, dy), (first, last) = (end - start).T[:, :, None, None], radii.T[:, :, None, None]
+        frame, row, column = _pixels_near(start, end, radii.max(1) + 0.6)
+        (dx, dy), waves = (end - start).T, capsules.waves[which].astype(np.float32)
         square = np.maximum(dx * dx + dy * dy, 1e-6)
-        along = np.clip(x * (dx / square) + y * (dy / square), 0, 1)  # (frames, height, width)
+        facts = [*start.T, dx, dy, dx / square, dy / square, np.sqrt(square), *radii.T, *waves.T]
+        one, two = (255 * capsules.colours[which].astype(np.float32)).swapaxes(0, 1)
+        facts = np.stack([*facts, *one.T, *(two - one).T])
+        facts = np.repeat(facts, np.bincount(frame, minlength=len(frames)), axis=1)  # as `frame` ascends
+        x, y, dx, dy, part_x, part_y, length, first, last, *wave = facts[:13]  # (pixels,) each
+        x, y = column - x, row - y
+        along = np.clip(x * part_x + y * part_y, 0, 1)
         off_x, off_y, thick = x - along * dx, y - along * dy, first + along * (last - first)
         inside = np.sqrt(off_x * off_x + off_y * off_y) - thick
-        frame, row, column = np.nonzero(inside < 0.5)  # few of the window: the rest is about these alone
-        along, inside, thick = (values[frame, row, column] for values in (along, inside, thick))
-        side = (x[frame, 0, column] * dy[frame, 0, 0] - y[frame, row, 0] * dx[frame, 0, 0]) / thick
-        side /= np.sqrt(square)[frame, 0, 0]
-        wave = capsules.waves[which].astype(np.float32)[frame].T
+        side = (x * dy - y * dx) / thick / length
         mix = soft_edged(np.sin(wave[0] * along + wave[1]) * np.cos(wave[2] * side + wave[3]))
-        one, two = np.moveaxis(255 * capsules.colours[which].astype(np.float32)[frame], 1, 0)  # (pixels, 3)
         shade = 1 - 0.35 * np.clip(1 + inside / thick, 0, 1) ** 2
-        colour = shade[:, None] * (one + mix[:, None] * (two - one))
-        where = frame, corner[frame, 1] + row, corner[frame, 0] + column
-        behind = frames[where].astype(np.float32)
-        covered = np.minimum(0.5 - inside, 1)[:, None]  # the edge blends over one pixel
-        frames[where] = np.rint(behind + covered * (colour - behind)).astype(np.uint8)
+        colour = shade * (facts[13:16] + mix * facts[16:])  # (3, pixels)
+        where = 3 * ((frame * SIZE + row) * SIZE + column) + channels
+        behind = levels.take(where).astype(np.float32)
+        covered = np.clip(0.5 - inside, 0, 1)  # the edge blends over one pixel
+        levels[where] = np.rint(behind + covered * (colour - behind)).astype(np.uint8)
 
 
 _FLAT = (0.0, 0.0, 0.0, 0.0)
@@ -373,31 +395,4 @@ PUPPETS = MadeUpVideos(
     render_clip,
 )
 
-
-def load_puppets(
-    preset: str = "plain",
-    clips_per_class: int = 40,
-    seed: int = 0,
-    cache_dir: str | os.PathLike | None = None,
-    num_proc: int | None = None,
-) -> DatasetDict:
-    """Make the puppets clips that are not yet in the cache, and offer them as datasets.
-
-    Args:
-        preset: "plain" (flat backgrounds and clothes), "textured" (patterns on both, less contrast) or "crowd" (also
-            other figures and objects that move otherwise, and a post that hides a part).
-        clips_per_class: clips a class. Asking for more later only adds files; asking for fewer takes the first ones.
-        seed: another seed, other clips of the same classes, in a folder of their own.
-        cache_dir: where the clips go, by default `<HF_HOME>/dmgal_hf/puppets`. A complete cache is only read.
-        num_proc: processes that make clips, by default one a CPU core. The clips do not depend on it.
-
-    Returns:
-        DatasetDict of "train" (base classes), "validation" and "test" (novel classes), with disjoint classes; an
-        action and its variants are in one split. Columns: `video` (`Video(decode=False)`), `label` (`ClassLabel` with
-        the names of all splits), `video_id`.
-
-    Raises:
-        ValueError: unknown preset, or `clips_per_class` or `num_proc` below 1.
-        OSError: the cache folder cannot be made or written.
-    """
-    return load_made_up_videos(PUPPETS, preset, clips_per_class, seed, cache_dir, num_proc)
+load_puppets = PUPPETS.load
