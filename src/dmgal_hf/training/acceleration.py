@@ -76,8 +76,9 @@ def compile_regions(network: DmgalModel) -> None:
     little, and as many blocks of one kind as there are share their kernels, so that compiling takes a fraction of the
     time that the whole model would.
 
-    A compiled run need not repeat the losses of a plain one: compare compiled runs with compiled ones. (Whether it is
-    dropout, whose masks torch's compiler may draw otherwise, has not been examined.)
+    A compiled run repeats the losses of a plain one to rounding where there is no dropout: on a CPU they were equal in
+    float64 over four steps of SGD, and within 1e-5 of each other in float32. With dropout they differ from the first
+    step on, in float64 too, since the compiler draws other masks: compare compiled runs with compiled ones.
 
     Args:
         network ([`DmgalModel`]): is changed in place; its weights and their names stay.
