@@ -28,6 +28,7 @@ from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArgu
 from dmgal_hf.training.checkpoints import FREE_FIELDS, differing_fields, list_checkpoints
 from dmgal_hf.training.evaluation import format_accuracy
 from dmgal_hf.training.loading import load_videos
+from dmgal_hf.training.starting import settle_arguments
 from dmgal_hf.training.training import run_fields
 
 # What differs from the config, by the name of the variant: fields of ModelArguments.
@@ -136,7 +137,8 @@ def run_variant(data: DataArguments, model: ModelArguments, arguments: TrainArgu
     if not metrics.exists() or "test" not in json.loads(metrics.read_text()):
         train(data, model, replace(arguments, resume=bool(list_checkpoints(output_dir))))
     before = yaml.safe_load((output_dir / "config.yaml").read_text())
-    differing = differing_fields(before, run_fields(data, model, arguments), FREE_FIELDS - {"test_episodes"})
+    now = run_fields(*settle_arguments(data, model, arguments), arguments)
+    differing = differing_fields(before, now, FREE_FIELDS - {"test_episodes"})
     if differing:
         raise ValueError(f"{output_dir} holds another run: {'; '.join(differing)}. Give another output_dir.")
     return json.loads(metrics.read_text())

@@ -44,6 +44,9 @@ from dmgal_hf.hub import (
 )
 from dmgal_hf.hub.conversion import official_state_dict
 from dmgal_hf.model.modeling_mga import MgaLayer
+from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArguments
+from dmgal_hf.training.starting import settle_arguments
+from dmgal_hf.training.training_run import build_model
 
 LOGITS = json.loads((CHECKPOINT.parent / "checkpoint_v1_logits.json").read_text())
 SOURCE = {path.name for path in (ROOT / "src" / "dmgal_hf" / "model").glob("*.py")} - {"__init__.py"}
@@ -321,6 +324,12 @@ def push_adapters(folder):
     return expected | {"org/adapter-run": adapted(model), "its backbone": adapted(model.backbone)}
 
 
+def started_from(name):
+    """The model as training builds it."""
+    arguments = settle_arguments(DataArguments(), ModelArguments(init_from=name), TrainArguments())
+    return build_model(arguments[1], arguments[0])[0]
+
+
 def load_adapters():
     few_shot, through_baseline = few_shot_model(), few_shot_model()
     few_shot.load_adapter("org/adapter-1")
@@ -339,7 +348,7 @@ def load_adapters():
             AutoModel.from_pretrained("org/adapter-2"),
             AutoPeftModel.from_pretrained("org/adapter-2", import_allowlist=["dmgal_hf.model.modeling_dmgal"]),
         ],
-        "org/adapter-run": [through_baseline],
+        "org/adapter-run": [through_baseline, started_from("org/adapter-run")],
         "its backbone": [PeftModel.from_pretrained(vit_backbone(), "org/adapter-run")],
     }
     assert AutoProcessor.from_pretrained("org/adapter-run").num_frames == 4

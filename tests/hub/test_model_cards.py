@@ -109,6 +109,20 @@ def test_base_models_are_repositories_and_adapters_are_peft(tmp_path):
     assert 'load_adapter("org/adapter")' in card.text and "Not yet trained" in card.text
 
 
+def test_the_card_says_what_training_started_from(tmp_path):
+    started = ARGUMENTS | {"init_from": "org/dmgal-ft-hmdb51", "head_only": True}
+    card = render_model_card(make_run(tmp_path / "hub", arguments=started))
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/dmgal-ft-hmdb51", "finetune")
+    assert "Training started from the weights of org/dmgal-ft-hmdb51." in card.text
+    assert "random weights" not in card.text and "The backbone stayed as it was" in card.text
+    local = tmp_path / "someone" / "mine"
+    local.mkdir(parents=True)
+    card = render_model_card(make_run(tmp_path / "local", arguments=ARGUMENTS | {"init_from": str(local)}))
+    assert card.data.base_model is None and str(tmp_path / "someone") not in str(card)
+    assert "Training started from the weights of a local folder, mine." in card.text
+    assert "started" not in render_model_card(make_run(tmp_path / "new")).text.split("## Data")[0]
+
+
 def test_planned_cards_are_up_to_date_and_promise_nothing(tmp_path):
     write_planned_cards(tmp_path)
     cards = {path.name: path.read_text() for path in tmp_path.iterdir()}

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 from towers import make_tokenizer, save_towers
 from training_runs import run
-from transformers import AutoModel, ResNetConfig, ResNetModel
+from transformers import AutoModel, AutoProcessor, ResNetConfig, ResNetModel
 
 from dmgal_hf import DmgalModel, DmgalVideoProcessor
 from dmgal_hf.training.training_run import EpisodeLearner
@@ -98,6 +98,13 @@ def test_a_run_with_text_leaves_a_model_that_knows_its_text_tower(config, tmp_pa
     losses.append(json.dumps(run(path, "--text_loss_weight", "0", "--output_dir", str(tmp_path / "without"))
                              ["training"]["history"][0]["loss"]))  # fmt: skip
     assert losses[0] > losses[1]
+
+    model.save_pretrained(tmp_path / "whole", with_text_tower=True)
+    AutoProcessor.from_pretrained(tmp_path / "text").save_pretrained(tmp_path / "whole")
+    start = {"init_from": str(tmp_path / "whole"), "backbone_config": None, "text_loss_weight": 0.5}
+    run(config("further", **start, num_episodes=2, test_episodes=0, validation="none"))
+    assert AutoModel.from_pretrained(tmp_path / "further").embed_class_names(["lift"]).shape == (1, 20)
+    assert (tmp_path / "further" / "text_tower" / "model.safetensors").is_file()
 
 
 class TestBadInput:

@@ -83,8 +83,9 @@ def render_model_card(
     config = read_mapping(folder / "config.json")
     arguments = read_mapping(folder / "config.yaml")
     metrics = read_mapping(folder / "metrics.json")
-    base_model = find_base_model(adapter, config, arguments)
     is_adapter = adapter_only or bool(adapter)
+    started_from = None if is_adapter else arguments.get("init_from")
+    base_model = repository_name(started_from) or find_base_model(adapter, config, arguments)
     state = "untested"
     if not any(folder.glob("*.safetensors")):
         state = "untrained"
@@ -97,10 +98,15 @@ def render_model_card(
         **_describe_model(config, is_adapter, adapter.get("num_frames"), arguments.get("text_loss_weight")),
         dataset=arguments.get("dataset"),
         base_model=base_model,
-        from_scratch=bool(arguments) and not is_adapter and arguments.get("backbone") is None,
+        started_from=_portable_name(started_from),
+        head_only=arguments.get("head_only"),
+        from_scratch=bool(arguments)
+        and not is_adapter
+        and arguments.get("backbone") is None
+        and arguments.get("init_from") is None,
         state=state,
         metrics=metrics,
-        arguments=_portable(arguments, base_model),
+        arguments=_portable(arguments),
     )
 
 
@@ -118,6 +124,8 @@ def render_planned_card(paradigm: str, benchmark: str) -> ModelCard:
         **_describe_model({"paradigm": paradigm, **RELEASE_FIELDS[paradigm]}, paradigm == "adapter"),
         dataset=benchmark,
         base_model=RELEASE_BACKBONES[paradigm],
+        started_from=None,
+        head_only=False,
         from_scratch=False,
         state="untrained",
         metrics={},
@@ -232,12 +240,14 @@ def _template() -> str:
     return (Path(__file__).parents[3] / "model_cards" / "template.md").read_text(encoding="utf-8")
 
 
-def _portable(arguments: dict[str, Any], base_model: str | None) -> dict[str, Any]:
+def _portable(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a run without the paths and settings of the machine it ran on."""
     portable = {name: value for name, value in arguments.items() if name not in LOCAL_ARGUMENTS}
-    if portable.get("backbone") and base_model is None:
-        portable["backbone"] = f"a local folder, {Path(portable['backbone']).name}"
-    return portable
+    return portable | {name: _portable_name(portable[name]) for name in ("backbone", "init_from") if name in portable}
+
+
+def _portable_name(name: str | None) -> str | None:
+    return name if not name or repository_name(name) else f"a local folder, {Path(name).name}"
 
 
 def find_base_model(adapter: dict[str, Any], config: dict[str, Any], arguments: dict[str, Any]) -> str | None:

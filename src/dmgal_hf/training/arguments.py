@@ -7,11 +7,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import CONFIG_MAPPING, HfArgumentParser
@@ -19,8 +19,27 @@ from transformers import CONFIG_MAPPING, HfArgumentParser
 from ..data.splits import BENCHMARKS
 
 
+class _Named:
+    """Arguments that know which of them somebody chose, and which are at their defaults unasked."""
+
+    named: ClassVar[frozenset[str]] = frozenset()  # by a command line or a config file; see parse_arguments
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Fields that were named, or that are not at their defaults."""
+        return self.named | {
+            name for name, default in default_fields(type(self)).items() if getattr(self, name) != default
+        }
+
+
+def default_fields(group: type) -> dict[str, Any]:
+    """Those fields of a dataclass that have a default, with it."""
+    defaults = {one.name: one.default for one in fields(group) if one.default is not MISSING}
+    return defaults | {one.name: one.default_factory() for one in fields(group) if one.default_factory is not MISSING}
+
+
 @dataclass
-class DataArguments:
+class DataArguments(_Named):
     """Which videos, and how they are read."""
 
     dataset: str = field(
@@ -55,9 +74,16 @@ class DataArguments:
 
 
 @dataclass
-class ModelArguments:
-    """The model: fields of DmgalConfig, and where the backbone comes from."""
+class ModelArguments(_Named):
+    """The model: fields of DmgalConfig, and where its weights come from."""
 
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or id of a DMGAL checkpoint, or of adapters alone, where training starts. What it says "
+            "stands in for the fields of the model that are not given, and for resize and crop_size."
+        },
+    )
     backbone: str | None = field(default=None, metadata={"help": "Model id or folder of a pretrained backbone."})
     backbone_config: dict | str | None = field(
         default=None, metadata={"help": "Config of a backbone that starts from random weights, as YAML or JSON."}
@@ -92,8 +118,10 @@ class ModelArguments:
                     raise ValueError(f"{name}={getattr(self, name)!r} is no YAML or JSON ({error})") from error
         if self.backbone is not None and self.backbone_config is not None:
             raise ValueError("give backbone (pretrained) or backbone_config (random weights), not both")
-        if self.backbone is not None and Path(self.backbone).is_dir():
-            self.backbone = os.path.abspath(self.backbone)  # relative, it could be taken for a repository later
+        for name in ("backbone", "init_from"):
+            path = getattr(self, name)
+            if path is not None and Path(path).is_dir():
+                setattr(self, name, os.path.abspath(path))  # relative, it could be taken for a repository later
         if isinstance(self.backbone_config, dict):
             _check_backbone_config(self.backbone_config)
 
@@ -138,6 +166,9 @@ class TrainArguments:
             "help": "Weight of an extra loss that names the base class of every clip by text; above 0 it sets "
             "text_guidance."
         },
+    )
+    head_only: bool = field(
+        default=False, metadata={"help": "Paradigm ft: the backbone stays as it is, and what is on top of it trains."}
     )
     augment: bool = field(default=True, metadata={"help": "The method's colour jitter, gray and erasing of queries."})
     horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the queries."})
@@ -305,19 +336,23 @@ def parse_arguments(
             action.nargs = "*"
         elif type(None) in get_args(known.get(action.dest)):
             action.type = partial(_none_or, action.type)
-    if config is not None:
-        values = _read_yaml(Path(config))
-        for name, value in values.items():
-            if name not in known:
-                raise ValueError(f"{config} has the unknown field {name!r}.{_nearest(str(name), known)}")
-            if not _fits(value, known[name]):
-                kind = getattr(known[name], "__name__", known[name])
-                raise ValueError(f"{config} has {name}={value!r}, which must be {kind}.")
-        parser.set_defaults(**values)
+    values = {} if config is None else _read_yaml(Path(config))
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"{config} has the unknown field {name!r}.{_nearest(str(name), known)}")
+        if not _fits(value, known[name]):
+            kind = getattr(known[name], "__name__", known[name])
+            raise ValueError(f"{config} has {name}={value!r}, which must be {kind}.")
+    parser.set_defaults(**values)
     *instances, _, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest:
         name = rest[0].lstrip("-").split("=")[0]
         raise ValueError(f"unknown option {rest[0]!r}.{_nearest(name, [*known, 'config'])}")
+    options = {word.split("=")[0] for word in argv}
+    named = {action.dest for action in parser._actions if options.intersection(action.option_strings)}
+    for instance in instances:
+        if isinstance(instance, _Named):
+            instance.named = frozenset(one.name for one in fields(instance)) & named.union(values)
     return tuple(instances)
 
 

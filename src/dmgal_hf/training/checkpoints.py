@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
+from .arguments import DataArguments, ModelArguments, TrainArguments, default_fields
+
 PROGRESS_FILE = "progress.json"
 
 # What may differ between a run and its continuation: it changes neither the episodes nor the updates.
@@ -160,8 +162,13 @@ def load_checkpoint(accelerator: Accelerator, output_dir: Path, arguments: dict[
 
 
 def differing_fields(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> list[str]:
-    """What an error says of the arguments, but for the `free` ones, in which two runs differ."""
+    """
+    What an error says of the arguments, but for the `free` ones, in which two runs differ. A field that the run before
+    does not know, as it is newer, was at its default.
+    """
     now = json.loads(json.dumps(now))
+    for group in (DataArguments, ModelArguments, TrainArguments):
+        before = {name: value for name, value in default_fields(group).items() if name in now} | before
     return [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

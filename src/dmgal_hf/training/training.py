@@ -28,6 +28,7 @@ from .checkpoints import (
 )
 from .evaluation import format_accuracy
 from .loading import load_videos, num_classes
+from .starting import settle_arguments
 from .training_run import TrainingRun, build_accelerator
 
 logger = get_logger(__name__)
@@ -74,11 +75,15 @@ def _train(data: DataArguments, model: ModelArguments, arguments: TrainArguments
             "remove that folder."
         )
     with accelerator.local_main_process_first():
+        data, model = settle_arguments(data, model, arguments)
         videos, notes = load_splits(data, arguments)
+    if model.init_from is not None:
+        notes.append(
+            f"Starts from {model.init_from}: paradigm {model.paradigm}, {model.num_frames} frames a video, "
+            f"frame_pooling {model.frame_pooling}, alignment {model.alignment}."
+        )
     for note in notes:
         accelerator.print(note)
-    if arguments.text_loss_weight > 0:
-        model = replace(model, text_guidance=True)
     fields = run_fields(data, model, arguments)
     with keep_others_out(output_dir, accelerator), folder_for_frames(output_dir, accelerator) as frames:
         run = TrainingRun(accelerator, data, model, arguments, videos, fields, frames)
@@ -156,7 +161,7 @@ def describe_result(data: DataArguments, model: ModelArguments, arguments: Train
     metrics = json.loads((output_dir / "metrics.json").read_text())
     network, processor = AutoModel.from_pretrained(output_dir), AutoProcessor.from_pretrained(output_dir)
     print(f"saved in {output_dir}, loaded again as {type(network).__name__} and {type(processor).__name__}")
-    videos = load_videos(data).get("test")
+    videos = load_videos(replace(data, resize=min(processor.size.values()))).get("test")
     if videos is not None and (way := min(arguments.test_way or arguments.way, num_classes(videos))) > 1:
         names = videos.features["label"].names
         episode = EpisodeSource(videos["label"], way, arguments.shot, 1, arguments.seed)[0]

@@ -57,14 +57,17 @@ from .checkpoints import (
 from .cuda_graphs import ReplayedCall
 from .evaluation import evaluate_episodes, format_accuracy, to_json
 from .loading import num_classes
+from .starting import load_start
 
 logger = get_logger(__name__)
 
 
 def build_model(model: ModelArguments, data: DataArguments) -> tuple[DmgalModel, DmgalVideoProcessor]:
-    """The model to train and its processor; a pretrained backbone brings its own normalisation."""
+    """The model to train and its processor; what is pretrained brings its own normalisation."""
     fields = {"num_frames": model.num_frames, "size": data.resize, "crop_size": data.crop_size}
     fields |= {name: getattr(data, name) for name in ("image_mean", "image_std") if getattr(data, name) is not None}
+    if model.init_from is not None:
+        return load_start(model, **fields)
     if model.backbone is not None:
         processor = DmgalVideoProcessor.from_pretrained(model.backbone, **fields)
         return DmgalModel.from_backbone(model.backbone, **model.config_fields()), processor
@@ -120,6 +123,7 @@ class EpisodeLearner(nn.Module):
             if class_loss_weight > 0
             else None
         )
+        self.backbone_is_frozen = not any(one.requires_grad for one in model.backbone.parameters())
         self.text_loss_weight = text_loss_weight
         if text_loss_weight > 0:
             numbers = sorted(base_names)
@@ -127,6 +131,13 @@ class EpisodeLearner(nn.Module):
             # Not saved: names and text tower give them again.
             self.register_buffer("text_embeds", embeds, persistent=False)  # (base classes, E)
             self.register_buffer("text_classes", torch.tensor(numbers, device=embeds.device), persistent=False)
+
+    def train(self, mode: bool = True) -> "EpisodeLearner":
+        """As in torch, but a frozen backbone stays in eval mode: its batch statistics are not those of the clips."""
+        super().train(mode)
+        if self.backbone_is_frozen:
+            self.model.backbone.eval()
+        return self
 
     def encode_clips(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """That of the model: FSDP wants every call to come through its outermost module."""
@@ -269,6 +280,8 @@ class TrainingRun:
         self.test = self._episode_list("test", arguments.test_episodes)
         set_seed(arguments.seed)
         network, self.processor = build_model(model, data)
+        if arguments.head_only:
+            network.backbone.requires_grad_(False)
         if arguments.gradient_checkpointing:
             if not network.supports_gradient_checkpointing:
                 kind = network.config.backbone_config.model_type
