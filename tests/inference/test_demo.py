@@ -137,6 +137,7 @@ def page(checkpoint, tmp_path):
     assert not [path.name for path in temporary.iterdir() if "dmgal" in path.name or "gradio" in path.name]
 
 
+@pytest.mark.slow
 def test_page_refuses_large_files_and_ends_without_leavings(page):
     for size, status in ((1_000, 200), (2_000_000, 413)):
         head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'

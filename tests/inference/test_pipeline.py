@@ -539,6 +539,7 @@ def test_bad_queries(tmp_path, videos, classes):
         FewShotVideoClassificationPipeline(torch.nn.Linear(1, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"batch_size": 8, "num_workers": 1}])
 def test_a_list_with_broken_videos_is_answered(tmp_path, videos, classes, options):
     classifier = make_classifier().fit(classes)

@@ -10,6 +10,7 @@ from dmgal_hf import DmgalConfig, DmgalModel, DmgalVideoProcessor
 from dmgal_hf.data import EpisodeCollator, EpisodeVideos, load_motion_shapes, sample_episodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paradigm", ["ft", "adapter"])
 def test_it_trains_evaluates_saves_and_loads(paradigm, cache_dir, tmp_path):
     torch.manual_seed(0)
