@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from training_runs import FIELDS, ON_CPU, SCRIPTS, run
+from towers import save_towers
+from training_runs import ON_CPU, SCRIPTS, run
 from transformers import AutoModel
 
 from dmgal_hf.data.made_up_videos import _encode
@@ -35,19 +35,22 @@ def eight_classes(tmp_path_factory):
 
 
 @pytest.fixture
-def own(tmp_path, eight_classes):
-    """A config file for them; of the default way, which is more than the classes that are left for the test."""
-    fields = {**FIELDS, "dataset": "folder", "videos": str(eight_classes), "output_dir": str(tmp_path / "run")}
-    for name in ("way", "clips_per_class"):
-        del fields[name]
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(fields))
-    return tmp_path / "own.yaml"
+def small(tmp_path):
+    """Options that make a run of any config short, into a folder of its own."""
+    return lambda folder, name: [
+        "--videos", str(folder), "--output_dir", str(tmp_path / name), "--num_workers", "0", "--num_episodes", "4",
+        "--query", "1", "--test_episodes", "4", "--resize", "36", "--crop_size", "32",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_eight_classes_of_ten_clips_give_a_trained_model_with_one_command(own, tmp_path):
-    script = [sys.executable, str(SCRIPTS / "train.py"), "--config", str(own)]
-    result = subprocess.run(script, capture_output=True, text=True, env=ON_CPU)
+def test_eight_classes_of_ten_clips_give_a_trained_model_with_one_command(eight_classes, small, tmp_path, capsys):
+    """And that one another, by the configs that are shipped for it; of CLIP a tiny one stands in."""
+    save_towers(tmp_path / "clip", "clip")
+    configs = SCRIPTS / "configs"
+    script = [sys.executable, str(SCRIPTS / "train.py"), "--config", str(configs / "own_clips.yaml")]
+    options = [*small(eight_classes, "first"), "--backbone", str(tmp_path / "clip")]
+    result = subprocess.run([*script, *options], capture_output=True, text=True, env=ON_CPU)
     assert result.returncode == 0, result.stdout + result.stderr
     for sentence in (
         "The validation split has one class, too few for an episode: as with validation none, the last weights are "
@@ -56,18 +59,22 @@ def test_eight_classes_of_ten_clips_give_a_trained_model_with_one_command(own, t
         "novel classes, 2-way 1-shot:",
     ):
         assert result.stdout.count(sentence) == 1, result.stdout
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert "validation" not in metrics and metrics["test"]["way"] == 2 and len(metrics["test"]["per_class"]) == 2
-    assert metrics["training"]["best_episodes"] == metrics["training"]["episodes"] == 8
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "8 episodes without validation: this is the model after the last of them." in card
+    assert metrics["training"]["best_episodes"] == metrics["training"]["episodes"] == 4
+    card = (tmp_path / "first" / "README.md").read_text()
+    assert "4 episodes without validation: this is the model after the last of them." in card
     assert "2-way 1-shot" in card
-    AutoModel.from_pretrained(tmp_path / "run")
+
+    run(configs / "own_clips_further.yaml", *small(eight_classes, "second"), "--init_from", str(tmp_path / "first"))
+    first, second = (AutoModel.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    assert second.config.adapter_config == first.config.adapter_config == {"reduction": 4}
+    assert f"Starts from {tmp_path / 'first'}: paradigm adapter" in capsys.readouterr().out
 
 
-def test_a_test_split_of_one_class_is_left_out(own, tmp_path, capsys):
+def test_a_test_split_of_one_class_is_left_out(config, small, tmp_path, capsys):
     few = write_clips(tmp_path / "few", classes=5, clips=4)
-    metrics = run(own, "--videos", str(few), "--way", "4", "--num_episodes", "2")
+    metrics = run(config("few", dataset="folder"), *small(few, "few"), "--way", "4")
     assert "test" not in metrics and "validation" not in metrics
     printed = capsys.readouterr().out
     assert "The test split has one class, too few for an episode: the model is not tested." in printed

@@ -193,7 +193,7 @@ class TestBadInput:
         (tmp_path / "run.yaml").write_text(yaml.safe_dump({"init_from": str(start), "num_frames": 8}))
         with pytest.raises(ValueError, match="num_frames is 4 there and 8 here"):
             settle([], tmp_path / "run.yaml")
-        settle(["--num_frames", "4"], tmp_path / "run.yaml")
+        settle(["--num_frames", "4", "--backbone", "null", "--adapter_config", "null"], tmp_path / "run.yaml")
 
     def test_other_adapters(self, tmp_path, backbone):
         get_peft_model(bare(backbone), MgaConfig(reduction=2)).save_pretrained(tmp_path)
@@ -207,6 +207,7 @@ class TestBadInput:
         ):
             with pytest.raises(ValueError, match=message):
                 settle([*start, *options])
+        settle([*start, "--adapter_config", "null"])
         settle([*start, "--adapter_config", "{reduction: 2}", "--paradigm", "adapter", "--backbone", backbone])
         with pytest.raises(ValueError, match="head_only is for paradigm ft: with adapter the backbone is frozen"):
             settle([*start, "--head_only"])

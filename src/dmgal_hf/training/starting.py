@@ -101,11 +101,11 @@ def _fields_of_checkpoint(name: str) -> dict[str, Any]:
 
 
 def _differences(model: ModelArguments, there: dict[str, Any]) -> Iterator[str]:
-    """What an error says of each field that was given and does not fit."""
+    """What an error says of each field that was given and does not fit; what is null was not given."""
     own, given = model.config_fields(), model.given
     if not model.motion_attention:
         given |= {"self_motion_attention", "mixer", "cross_motion_attention"}
-    pairs = {name: (own[name], there[name]) for name in own if name in given and name in there}
+    pairs = {name: (own[name], there[name]) for name in given & own.keys() & there.keys() if own[name] is not None}
     if own["adapter_config"] is not None and there["adapter_config"] is not None:
         one, two = read_adapter_config(own["adapter_config"]), read_adapter_config(there["adapter_config"])
         pairs.pop("adapter_config", None)
