@@ -42,3 +42,11 @@ def command(config, *options, processes=1):
         "--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--main_process_port", "0",
         str(SCRIPTS / "train.py"), "--config", str(config), *options,
     ]  # fmt: skip
+
+
+def sharded_command(config):
+    """Two processes with FSDP2."""
+    launch = command(config, processes=2)
+    launch[launch.index("--multi_gpu") : launch.index("--multi_gpu") + 1] = ["--use_fsdp", "--fsdp_version", "2"]
+    launch.insert(launch.index(str(SCRIPTS / "train.py")), str(Path(__file__).parent / "training" / "fsdp_on_cpu.py"))
+    return launch

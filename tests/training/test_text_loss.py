@@ -2,13 +2,14 @@
 
 import json
 import math
+import subprocess
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from towers import make_tokenizer, save_towers
-from training_runs import run
+from training_runs import ON_CPU, run, sharded_command
 from transformers import AutoModel, AutoProcessor, ResNetConfig, ResNetModel
 
 from dmgal_hf import DmgalModel, DmgalVideoProcessor
@@ -82,10 +83,11 @@ def test_it_trains_the_adapters_alone_and_falls(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_with_text_leaves_a_model_that_knows_its_text_tower(config, tmp_path):
+    """Also where it is sharded, and where it starts from a checkpoint that brings the tower."""
     save_towers(tmp_path / "clip", "clip")
     path = config("text", **ADAPTER, backbone=str(tmp_path / "clip"), backbone_config=None, text_loss_weight=0.5,
                   num_episodes=4, num_frames=4)  # fmt: skip
-    losses = [json.dumps(run(path)["training"]["history"][0]["loss"])]
+    history = run(path)["training"]["history"]
     model = AutoModel.from_pretrained(tmp_path / "text")
     assert model.config.text_guidance and model.config.text_model == str(tmp_path / "clip")
     assert model.embed_class_names(["push left", "lift"]).shape == (2, 20)
@@ -95,9 +97,12 @@ def test_a_run_with_text_leaves_a_model_that_knows_its_text_tower(config, tmp_pa
     assert "Names of classes take part as text" in card and "named the base class of every clip by text" in card
     saved = load_file(tmp_path / "text" / "checkpoints" / "episode-000000004" / "model.safetensors")
     assert not any("text_embeds" in name or "text_model" in name for name in saved)
-    losses.append(json.dumps(run(path, "--text_loss_weight", "0", "--output_dir", str(tmp_path / "without"))
-                             ["training"]["history"][0]["loss"]))  # fmt: skip
-    assert losses[0] > losses[1]
+
+    launch = [*sharded_command(path), "--output_dir", str(tmp_path / "sharded"), "--validation", "none"]
+    result = subprocess.run(launch, capture_output=True, text=True, env=ON_CPU)
+    assert result.returncode == 0, result.stdout + result.stderr
+    sharded = json.loads((tmp_path / "sharded" / "metrics.json").read_text())["training"]["history"]
+    assert [record["loss"] for record in sharded] == pytest.approx([record["loss"] for record in history], rel=1e-3)
 
     model.save_pretrained(tmp_path / "whole", with_text_tower=True)
     AutoProcessor.from_pretrained(tmp_path / "text").save_pretrained(tmp_path / "whole")

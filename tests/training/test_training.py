@@ -22,7 +22,7 @@ from filelock import FileLock
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from training_runs import FIELDS, ON_CPU, SCRIPTS, command, run
+from training_runs import FIELDS, ON_CPU, SCRIPTS, command, run, sharded_command
 from transformers import AutoModel, AutoProcessor
 
 from dmgal_hf import DmgalConfig, MgaConfig
@@ -259,9 +259,7 @@ def test_processes_of_a_killed_launcher_save_and_end(config, tmp_path):
 def test_fsdp_makes_the_same_updates_saves_whole_models_and_resumes(finished, config, tmp_path):
     """As --use_fsdp does on GPUs: torch shards on CPUs too, where accelerate does not look for it."""
     path, out = config("sharded", validate_every=8), tmp_path / "sharded"
-    launch = command(path, processes=2)
-    launch[launch.index("--multi_gpu") : launch.index("--multi_gpu") + 1] = ["--use_fsdp", "--fsdp_version", "2"]
-    launch.insert(launch.index(str(SCRIPTS / "train.py")), str(Path(__file__).with_name("fsdp_on_cpu.py")))
+    launch = sharded_command(path)
     results, models = [], []
     for options in ((), ("--resume",)):
         result = subprocess.run([*launch, *options], capture_output=True, text=True, env=ON_CPU)

@@ -246,6 +246,8 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
 def shard_by_blocks(accelerator: Accelerator, model: DmgalModel):
     """Has FSDP gather the backbone block by block where it was started with no policy, or with none it can follow."""
     plugin = accelerator.state.fsdp_plugin
+    if model.text_head is not None:
+        plugin.ignored_modules = [model.text_head]  # frozen, and of scalars, which cannot be sharded
     if plugin.auto_wrap_policy is None or plugin.auto_wrap_policy is transformer_auto_wrap_policy:
         present = {type(module).__name__ for module in model.backbone.modules()}
         blocks = sorted(present.intersection(model.backbone._no_split_modules or ()))
