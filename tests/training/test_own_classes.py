@@ -81,6 +81,7 @@ def test_a_test_split_of_one_class_is_left_out(config, small, tmp_path, capsys):
     assert "and 4 classes train" in printed
 
 
+@pytest.mark.slow
 def test_without_validation_the_last_weights_are_the_result(config, tmp_path, capsys):
     metrics = run(config("last"), "--validation", "none")
     assert "validation" not in metrics and metrics["training"]["best_episodes"] == 8

@@ -127,6 +127,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"needs a backbone with a text tower .* and 'resnet' has none"):
             run(config("pictures", backbone=str(tmp_path / "resnet"), backbone_config=None, text_loss_weight=1.0))
 
+    def test_nothing_that_text_could_train(self, config):
+        with pytest.raises(ValueError, match="text_loss_weight trains the backbone alone, which head_only keeps"):
+            run(config("frozen"), "--text_loss_weight", "1", "--head_only")
+
     def test_numbered_classes(self, tmp_path):
         save_towers(tmp_path, "clip")
         model = DmgalModel.from_backbone(tmp_path, text_guidance=True, **ADAPTER)
