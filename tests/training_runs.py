@@ -1,8 +1,12 @@
 """Small training runs: in this process, or as real processes of accelerate."""
 
+import json
 import os
 import sys
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 from dmgal_hf.training import train
 from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
@@ -50,3 +54,27 @@ def sharded_command(config):
     launch[launch.index("--multi_gpu") : launch.index("--multi_gpu") + 1] = ["--use_fsdp", "--fsdp_version", "2"]
     launch.insert(launch.index(str(SCRIPTS / "train.py")), str(Path(__file__).parent / "training" / "fsdp_on_cpu.py"))
     return launch
+
+
+def weights(output_dir):
+    (folder,) = sorted(Path(output_dir, "checkpoints").glob("episode-000000008"))
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_end(first, second):
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+    states = [torch.load(Path(d, "checkpoints/episode-000000008/optimizer.bin"), weights_only=True)["state"]
+              for d in (first, second)]  # fmt: skip
+    for key, state in states[0].items():
+        assert all(torch.equal(state[name], states[1][key][name]) for name in state)
+    losses = [
+        [
+            (r["loss"], r["learning_rate"])
+            for r in json.loads(Path(d, "metrics.json").read_text())["training"]["history"]
+        ]
+        for d in (first, second)
+    ]
+    assert losses[0] == losses[1]

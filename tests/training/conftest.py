@@ -1,6 +1,8 @@
+import subprocess
+
 import pytest
 import yaml
-from training_runs import FIELDS
+from training_runs import FIELDS, ON_CPU, command, run
 
 from dmgal_hf.data import load_motion_shapes
 
@@ -23,3 +25,23 @@ def config(tmp_path, cache_dir):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, cache_dir):
+    """An uninterrupted run, its folder and what it returned."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**FIELDS, "cache_dir": cache_dir, "output_dir": str(folder / "run")}))
+    return folder / "run", run(path)
+
+
+@pytest.fixture(scope="session")
+def finished_by_two(tmp_path_factory, cache_dir):
+    """An uninterrupted run of two processes, its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("finished_by_two")
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**FIELDS, "cache_dir": cache_dir, "output_dir": str(folder / "run")}))
+    result = subprocess.run(command(path, processes=2), capture_output=True, text=True, env=ON_CPU)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "run", result.stdout

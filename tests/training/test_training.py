@@ -22,7 +22,7 @@ from filelock import FileLock
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from training_runs import FIELDS, ON_CPU, SCRIPTS, command, run, sharded_command
+from training_runs import FIELDS, ON_CPU, SCRIPTS, assert_same_end, command, run, sharded_command, weights
 from transformers import AutoModel, AutoProcessor
 
 from dmgal_hf import DmgalConfig, MgaConfig
@@ -44,39 +44,6 @@ from dmgal_hf.training.training import describe_result, run_fields
 sys.path.insert(0, str(SCRIPTS))
 
 import ablate
-
-
-def weights(output_dir):
-    (folder,) = sorted(Path(output_dir, "checkpoints").glob("episode-000000008"))
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_end(first, second):
-    one, two = weights(first), weights(second)
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
-    states = [torch.load(Path(d, "checkpoints/episode-000000008/optimizer.bin"), weights_only=True)["state"]
-              for d in (first, second)]  # fmt: skip
-    for key, state in states[0].items():
-        assert all(torch.equal(state[name], states[1][key][name]) for name in state)
-    losses = [
-        [
-            (r["loss"], r["learning_rate"])
-            for r in json.loads(Path(d, "metrics.json").read_text())["training"]["history"]
-        ]
-        for d in (first, second)
-    ]
-    assert losses[0] == losses[1]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, cache_dir):
-    """An uninterrupted run, its folder and what it returned."""
-    folder = tmp_path_factory.mktemp("finished")
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump({**FIELDS, "cache_dir": cache_dir, "output_dir": str(folder / "run")}))
-    return folder / "run", run(path)
 
 
 def test_a_run_leaves_a_model_and_its_records(finished, cache_dir, capsys):
@@ -166,17 +133,6 @@ def test_sigterm_saves_first(finished, config, tmp_path):
     assert_same_end(tmp_path / "stopped", finished[0])
 
 
-@pytest.fixture(scope="module")
-def finished_by_two(tmp_path_factory, cache_dir):
-    """An uninterrupted run of two processes, its folder and what it printed."""
-    folder = tmp_path_factory.mktemp("finished_by_two")
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump({**FIELDS, "cache_dir": cache_dir, "output_dir": str(folder / "run")}))
-    result = subprocess.run(command(path, processes=2), capture_output=True, text=True, env=ON_CPU)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "run", result.stdout
-
-
 def test_two_processes_make_the_same_updates(finished, finished_by_two, cache_dir):
     two_dir, printed = finished_by_two
     assert "Training with 2 processes" in printed
@@ -231,6 +187,19 @@ def test_two_processes_resumed_after_kill_equal_uninterrupted(finished_by_two, c
     assert not (out / "metrics.json").exists()
     result = subprocess.run([*launch, "--resume"], capture_output=True, text=True, env=ON_CPU)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert_same_end(out, finished_by_two[0])
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_state_they_go_on_from(finished_by_two, config, tmp_path):
+    """The damaged file is that of the second alone."""
+    out = tmp_path / "copy"
+    shutil.copytree(finished_by_two[0], out)
+    (out / "checkpoints" / "episode-000000008" / "random_states_1.pkl").write_bytes(os.urandom(1000))
+    words = command(config("copy"), "--resume", processes=2)
+    result = subprocess.run(words, capture_output=True, text=True, env=ON_CPU)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("is damaged (random_states_1.pkl") == 1
     assert_same_end(out, finished_by_two[0])
 
 
@@ -503,6 +472,7 @@ class TestBadInput:
         run(path)
         newest = sorted((tmp_path / "incomplete" / "checkpoints").iterdir())[-1]
         (newest / "optimizer.bin").unlink()
+        (newest / "checksums.json").unlink()  # as before there were any
         with pytest.raises(FileNotFoundError, match=r"episode-000000008 is not complete.*remove that folder"):
             run(path, "--resume")
         shutil.rmtree(tmp_path / "incomplete" / "best")

@@ -478,6 +478,15 @@ def _digests(videos: list[Any]) -> list[str]:
         return list(threads.map(video_digest, videos))
 
 
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def video_digest(video: Any) -> str:
     """
     What changes where a video does: a hash of a file's content; of path, size and time of what lies in an archive, a
@@ -492,7 +501,7 @@ def video_digest(video: Any) -> str:
         return hashlib.sha256(video.read()).hexdigest()
     path = os.fspath(video)
     if os.path.isfile(path):
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return file_digest(path)
     parts = [os.path.realpath(path) if os.path.isdir(path) else path]
     container = (split_zip_path(path) or path.rpartition("#"))[0]
     for part in sorted(os.scandir(path), key=lambda entry: entry.name) if os.path.isdir(path) else [Path(container)]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..data.kept_clips import file_digest
 from ..model.video_processing_dmgal import _list_videos, undecoded_column
 
 if TYPE_CHECKING:
@@ -76,14 +77,6 @@ def _digest(video: Any) -> str | None:
             return file_digest(path)
         return hashlib.sha256((os.path.realpath(path) if os.path.exists(path) else path).encode()).hexdigest()
     return hashlib.sha256(video).hexdigest() if isinstance(video, (bytes, bytearray, memoryview)) else None
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def warn_of_repeats(classes: Mapping[str, Mapping[str, Any]], digests: Mapping[str, str | None], seen: dict[str, str]):

@@ -212,7 +212,7 @@ class TrainArguments:
     )
     checkpoint_every: int = field(default=500, metadata={"help": "Training episodes between resumable states."})
     keep_checkpoints: int = field(default=2, metadata={"help": "Resumable states that are kept."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the newest resumable state in output_dir."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest whole state in output_dir."})
     report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, trackio or none."})
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""Resumable states of a training run: written aside and renamed, so that what is there is complete."""
+"""Resumable states of a training run: written aside, with checksums, and renamed; and the signals that ask for one."""
 
 import json
 import os
@@ -6,20 +6,28 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
+from ..data.kept_clips import file_digest
 from .arguments import DataArguments, ModelArguments, TrainArguments, default_fields
 
+logger = get_logger(__name__)
+
 PROGRESS_FILE = "progress.json"
+CHECKSUMS_FILE = "checksums.json"  # of all other files of a folder, written last
+GO_ON = "go on with --resume (without it where no state was saved yet)"
 
 # What may differ between a run and its continuation: it changes neither the episodes nor the updates.
 FREE_FIELDS = {
@@ -89,35 +97,111 @@ def keep_others_out(output_dir: Path, accelerator: Accelerator) -> Iterator[None
 
 
 @contextmanager
-def write_aside(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
-    """Gives all processes a folder to write into, which takes the place of `folder` when all are done."""
-    aside = folder.with_name(f".{folder.name}.aside")
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    yield aside
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
+def write_aside(folder: Path, accelerator: Accelerator, needed: int) -> Iterator[Path]:
+    """
+    Gives all processes a folder to write into, which takes the place of `folder` when all are done, with the checksums
+    of its files.
+
+    Args:
+        folder (`Path`): what is written.
+        accelerator (`Accelerator`): of the run.
+        needed (`int`): the bytes of its tensors.
+
+    Raises:
+        OSError: there is no room for it, or it could not be written; in all processes. What was in its place is still
+            there, and nothing new is.
+    """
+    aside, cause = folder.with_name(f".{folder.name}.aside"), None
+    faults = _faults_of(partial(_make_anew, aside, needed), accelerator)
+    if not faults:
+        try:
+            yield aside
+        except (OSError, RuntimeError, SafetensorError) as error:  # what Python, torch and safetensors raise
+            cause = error
+        faults = gather_object([] if cause is None else [str(cause)])
+        faults = faults or _faults_of(partial(_put_in_place, aside, folder), accelerator)
+    if faults:
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        free = shutil.disk_usage(folder.parent).free
+        raise OSError(
+            f"{folder} cannot be written: {faults[0]}. It needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are "
+            f"free on its disk. Nothing of it is left, and what was written before is whole: make room, then {GO_ON}."
+        ) from cause
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progress, keep: int):
-    """Writes `output_dir/checkpoints/episode-N` and removes all but the newest `keep`."""
+def _faults_of(action: Callable[[], None], accelerator: Accelerator) -> list[str]:
+    """Has the main process do something, and tells all of them what went wrong with it."""
+    faults = []
+    if accelerator.is_main_process:
+        try:
+            action()
+        except OSError as error:
+            faults = [str(error)]
+    return broadcast_object_list([faults])[0]
+
+
+def _make_anew(aside: Path, needed: int):
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(aside.parent).free < needed:
+        raise OSError("there is no room for it")
+    aside.mkdir()
+
+
+def _put_in_place(aside: Path, folder: Path):
+    files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+    checksums = {path.relative_to(aside).as_posix(): file_digest(path) for path in files}
+    (aside / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2))
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def damage_of(folder: Path) -> str | None:
+    """
+    What is wrong with a folder of [`write_aside`], None if nothing is. Of one that was written before there were
+    checksums it is only looked whether the weights are all there.
+    """
+    try:
+        checksums = json.loads((folder / CHECKSUMS_FILE).read_text())
+        for name, checksum in checksums.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if file_digest(folder / name) != checksum:
+                return f"{name} is not as it was written, by its checksum"
+    except FileNotFoundError:
+        for path in folder.glob("*.safetensors"):
+            try:
+                safe_open(path, "pt")
+            except SafetensorError as error:
+                return f"{path.name} is not whole: {error}"
+    except OSError as error:
+        return str(error)
+    except (ValueError, AttributeError):
+        return f"{CHECKSUMS_FILE} cannot be read"
+    return None
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progress, keep: int, needed: int):
+    """
+    Writes `output_dir/checkpoints/episode-N`, of which the tensors take `needed` bytes, and removes all but the newest
+    `keep` up to it. What is there beyond was damaged, and passed over when the run was resumed.
+    """
     folder = output_dir / "checkpoints" / f"episode-{progress.episodes:09d}"
-    with write_aside(folder, accelerator) as aside:
+    with write_aside(folder, accelerator, needed) as aside:
         accelerator.save_state(str(aside))
         if accelerator.is_main_process:
             (aside / PROGRESS_FILE).write_text(json.dumps(asdict(progress)))
     if accelerator.is_main_process:
+        states = list_checkpoints(output_dir)
+        kept = [state for state in states if state <= folder][-keep:]
         left_behind = (output_dir / "checkpoints").glob(".episode-*")  # by a run that was killed while it saved
-        for old in (*list_checkpoints(output_dir)[:-keep], *left_behind):
+        for old in (*(state for state in states if state not in kept), *left_behind):
             shutil.rmtree(old)
 
 
@@ -128,37 +212,69 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def load_checkpoint(accelerator: Accelerator, output_dir: Path, arguments: dict[str, Any]) -> Progress:
     """
-    Puts the newest resumable state into what `accelerator` has prepared.
+    Puts the newest resumable state into what `accelerator` has prepared. One that is damaged is passed over and said
+    so.
 
     Raises:
         FileNotFoundError: there is none, or a file of it or the best model so far is missing.
-        ValueError: it belongs to a run with other arguments; the differing fields are named.
+        ValueError: it belongs to a run with other arguments, and the differing fields are named; or all states or the
+            best model so far are damaged.
     """
     checkpoints = list_checkpoints(output_dir)
     if not checkpoints:
         raise FileNotFoundError(f"there is nothing to resume under {output_dir / 'checkpoints'}: leave out --resume")
-    folder = checkpoints[-1]
-    if not (folder / PROGRESS_FILE).is_file():
-        raise FileNotFoundError(f"{folder} lacks {PROGRESS_FILE}: remove that folder to resume from an older state")
-    progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
-    best, old = output_dir / "best", output_dir / ".best.old"
-    with accelerator.main_process_first():
-        if old.exists() and not best.exists():  # killed while a better one took its place
-            old.rename(best)
-    if progress.best_accuracy >= 0 and not best.is_dir():
-        raise FileNotFoundError(f"{best} is missing, the best model of this run: put it back, or train anew.")
+    folder = _newest_whole(checkpoints, accelerator)
+    remedy = "remove that folder to resume from an older state"
+    try:
+        progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder / PROGRESS_FILE} cannot be read ({error}): {remedy}") from error
+    _check_best(output_dir / "best", progress, accelerator)
     differing = differing_fields(progress.arguments, arguments, FREE_FIELDS)
     if differing:
         raise ValueError(f"{folder} belongs to another run: {'; '.join(differing)}. Restore these or train anew.")
     try:
         accelerator.load_state(str(folder))
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder} is not complete ({error}): remove that folder to resume from an older state"
-        ) from error
+        raise FileNotFoundError(f"{folder} is not complete ({error}): {remedy}") from error
+    except Exception as error:  # torch raises of many kinds; a state with checksums was found whole
+        raise ValueError(f"{folder} cannot be loaded ({error}): {remedy}") from error
     # States are of whole steps, and a step may now have other numbers of forward passes, with as many processes.
     accelerator.step = 0
     return progress
+
+
+def _newest_whole(checkpoints: list[Path], accelerator: Accelerator) -> Path:
+    """The newest state that is not damaged, the same for all processes."""
+    whole, damaged = None, []
+    if accelerator.is_main_process:
+        for folder in reversed(checkpoints):
+            damage = damage_of(folder)
+            if damage is None:
+                whole = folder
+                break
+            damaged.append(f"{folder} is damaged ({damage})")
+    whole, damaged = broadcast_object_list([whole, damaged])
+    if whole is None:
+        raise ValueError(f"there is no whole state to resume: {'; '.join(damaged)}. Put a copy back or train anew.")
+    for damage in damaged:
+        logger.warning(f"{damage}: the run goes on from {whole.name}, and removes it with the next state it saves.")
+    return whole
+
+
+def _check_best(best: Path, progress: Progress, accelerator: Accelerator):
+    """Its weights are the result of the run, and are not read before its end."""
+    with accelerator.main_process_first():
+        old = best.with_name(".best.old")
+        if old.exists() and not best.exists():  # killed while a better one took its place
+            old.rename(best)
+    if progress.best_accuracy < 0:
+        return
+    if not best.is_dir():
+        raise FileNotFoundError(f"{best} is missing, the best model of this run: put it back, or train anew.")
+    (damage,) = broadcast_object_list([damage_of(best) if accelerator.is_main_process else None])
+    if damage:
+        raise ValueError(f"{best} is damaged ({damage}), the best model of this run: put a copy back, or train anew.")
 
 
 def differing_fields(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> list[str]:
@@ -257,12 +373,15 @@ class StopSignal:
 
     def leave(self, number: int):
         """Ends the process, to be resumed."""
-        print("Stopped. Go on with --resume (without it where no state was saved yet).", file=sys.stderr)
+        print(f"Stopped. {GO_ON[0].upper()}{GO_ON[1:]}.", file=sys.stderr)
         raise SystemExit(128 + number)
 
 
 def replace_file(path: Path, text: str):
     """Writes a text file whole or not at all."""
     aside = path.with_name(f".{path.name}.aside")
-    aside.write_text(text)
-    os.replace(aside, path)
+    try:
+        aside.write_text(text)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -57,6 +57,7 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
     Raises:
         ValueError: arguments that do not fit each other, the data or the number of processes.
         RuntimeError: too many steps in a row without a finite loss, or too many unreadable videos.
+        OSError: there is no room for a state or a model: the folder, what it needs and what is free are named.
         SystemExit: SIGTERM (143), Ctrl-C (130) or, as if by SIGTERM, the end of the launcher; after a resumable state
             was written.
     """

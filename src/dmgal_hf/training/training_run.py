@@ -533,7 +533,8 @@ class TrainingRun:
         # Validation may take longer than a pre-empted run is given: the state is saved before it.
         if progress.validation_due or stop.agreed or _passed(progress.episodes, arguments.checkpoint_every, step):
             progress.scheduler = self.scheduler.state_dict()
-            save_checkpoint(self.accelerator, self.output_dir, progress, arguments.keep_checkpoints)
+            needed = _bytes_of(self.learner.state_dict(), *self.optimizer.optimizer.state.values())
+            save_checkpoint(self.accelerator, self.output_dir, progress, arguments.keep_checkpoints, needed)
         if stop.agreed:
             stop.leave(stop.agreed)
         if progress.validation_due:
@@ -584,7 +585,7 @@ class TrainingRun:
                 for name, tensor in self.accelerator.get_state_dict(self.learner).items()
                 if name.startswith("model.")
             }
-        with write_aside(folder, self.accelerator) as aside:
+        with write_aside(folder, self.accelerator, _bytes_of(state)) as aside:
             if self.accelerator.is_main_process:
                 network.save_pretrained(aside, state_dict=state)
                 self.processor.save_pretrained(aside)
@@ -647,6 +648,12 @@ def _describe_labels(videos: DatasetDict) -> str:
         digest.update(json.dumps([videos[split].features["label"].names, videos[split]["label"][:]]).encode())
         number += len(videos[split])
     return f"{number} for training and validation, digest {digest.hexdigest()[:8]}"
+
+
+def _bytes_of(*states: Mapping[str, Any]) -> int:
+    """What the tensors of these take."""
+    tensors = (value for state in states for value in state.values() if torch.is_tensor(value))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _passed(episodes: int, every: int, step: int) -> bool:
