@@ -72,6 +72,7 @@ def test_eight_classes_of_ten_clips_give_a_trained_model_with_one_command(eight_
     assert f"Starts from {tmp_path / 'first'}: paradigm adapter" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_test_split_of_one_class_is_left_out(config, small, tmp_path, capsys):
     few = write_clips(tmp_path / "few", classes=5, clips=4)
     metrics = run(config("few", dataset="folder"), *small(few, "few"), "--way", "4")
@@ -95,6 +96,7 @@ def test_without_validation_the_last_weights_are_the_result(config, tmp_path, ca
         run(config("last"), "--resume")
 
 
+@pytest.mark.slow
 def test_validation_and_test_have_ways_of_their_own(config, capsys):
     metrics = run(config("ways", num_episodes=2), "--validation_way", "2", "--test_way", "4")
     assert (metrics["validation"]["way"], metrics["test"]["way"]) == (2, 4)

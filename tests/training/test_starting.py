@@ -70,6 +70,7 @@ def test_the_checkpoint_stands_in_for_what_is_not_given(start):
     assert (larger.resize, larger.crop_size) == (36, 34)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_checkpoint_says_so_and_resumes(further, start, tmp_path, capsys):
     metrics = run(further("run"))
     assert f"Starts from {start}: paradigm ft, 4 frames a video" in capsys.readouterr().out
@@ -95,6 +96,7 @@ def test_a_run_starts_from_a_checkpoint_says_so_and_resumes(further, start, tmp_
         run(anew, "--resume")
 
 
+@pytest.mark.slow
 def test_head_only_leaves_the_backbone_as_it_is(further, start, tmp_path):
     metrics = run(further("head", head_only=True))
     before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "head" / "model.safetensors")

@@ -63,6 +63,7 @@ def test_damaged_checksums_vouch_for_nothing(copy, damage):
     assert damage_of(copy / NEWEST) == "checksums.json cannot be read"
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_passed_over_for_the_older_one_and_removed(copy, config, finished, caplog):
     change_a_byte(copy / NEWEST / "optimizer.bin")
     run(config("copy"), "--resume", "--keep_checkpoints", "1")
@@ -72,6 +73,7 @@ def test_a_damaged_state_is_passed_over_for_the_older_one_and_removed(copy, conf
     assert [path.name for path in (copy / "checkpoints").glob("episode-*")] == ["episode-000000008"]
 
 
+@pytest.mark.slow
 def test_a_damaged_state_does_not_push_out_a_whole_one(copy, config, finished):
     """It is the newest by its name, also when the states after the one that was resumed are saved."""
     shutil.copytree(copy / NEWEST, copy / "checkpoints" / "episode-000000010")
@@ -90,6 +92,7 @@ def test_no_whole_state(copy, config):
         run(config("copy"), "--resume")
 
 
+@pytest.mark.slow
 def test_states_of_before_there_were_checksums(copy, config, finished):
     """They resume; weights that are not all there are noticed, and other damage where it is read."""
     for file in copy.rglob("checksums.json"):
@@ -119,6 +122,7 @@ def test_the_best_model_is_looked_at_before_the_training(copy, config, with_chec
     assert not (copy / NEWEST).exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_noticed_before_a_state_is_begun(config, tmp_path, monkeypatch):
     path = config("full", num_episodes=2, validate_every=2, test_episodes=0)
     with monkeypatch.context() as full:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -11,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -22,7 +20,7 @@ from filelock import FileLock
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from training_runs import FIELDS, ON_CPU, SCRIPTS, assert_same_end, command, run, sharded_command, weights
+from training_runs import FIELDS, SCRIPTS, assert_same_end, command, run, weights
 from transformers import AutoModel, AutoProcessor
 
 from dmgal_hf import DmgalConfig, MgaConfig
@@ -40,10 +38,6 @@ from dmgal_hf.training.checkpoints import StopSignal
 from dmgal_hf.training.evaluation import evaluate, evaluate_episodes
 from dmgal_hf.training.loading import load_videos
 from dmgal_hf.training.training import describe_result, run_fields
-
-sys.path.insert(0, str(SCRIPTS))
-
-import ablate
 
 
 def test_a_run_leaves_a_model_and_its_records(finished, cache_dir, capsys):
@@ -133,120 +127,6 @@ def test_sigterm_saves_first(finished, config, tmp_path):
     assert_same_end(tmp_path / "stopped", finished[0])
 
 
-def test_two_processes_make_the_same_updates(finished, finished_by_two, cache_dir):
-    two_dir, printed = finished_by_two
-    assert "Training with 2 processes" in printed
-    one, two = weights(finished[0]), weights(two_dir)
-    for name in one:
-        if "running_" not in name and "num_batches" not in name:
-            torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3, msg=name)
-    history = [json.loads(Path(d, "metrics.json").read_text())["training"]["history"] for d in (finished[0], two_dir)]
-    for first, second in zip(*history):
-        assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
-    for name in one:  # statistics of as many episodes, which count a little otherwise within a step
-        if "running_" in name:
-            torch.testing.assert_close(two[name], one[name], atol=0.02, rtol=0.1, msg=name)
-    # Both validated the same model, with statistics of all episodes: it is what was saved.
-    reached = json.loads((two_dir / "metrics.json").read_text())["validation"]["accuracy"]
-    model, processor = (auto.from_pretrained(two_dir) for auto in (AutoModel, AutoProcessor))
-    videos = load_motion_shapes(clips_per_class=3, cache_dir=cache_dir)["validation"]
-    episodes = sample_episodes(videos["label"], 3, 1, 1, 3, seed=0)
-    assert evaluate_episodes(model, processor, videos, episodes, Accelerator())["accuracy"] == reached
-
-
-def test_a_run_of_two_processes_goes_on_with_one(finished, finished_by_two, config, tmp_path):
-    path, out = config("fewer"), tmp_path / "fewer"
-    shutil.copytree(finished_by_two[0], out)
-    shutil.rmtree(out / "checkpoints" / "episode-000000008")
-    (out / "metrics.json").unlink()
-    for one, two in zip(finished[1]["training"]["history"], run(path, "--resume")["training"]["history"], strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
-
-
-@pytest.mark.slow
-def test_two_processes_resumed_after_kill_equal_uninterrupted(finished_by_two, config, tmp_path):
-    """The launcher and one of its processes die at a moment drawn by chance; the other goes by itself."""
-    draw = random.Random(0)
-    path, out = config("killed_two"), tmp_path / "killed_two"
-    moments = ("checkpoints/.episode-000000004.aside", "checkpoints/episode-000000004", ".best.aside", "best")
-    moment, delay, victim = draw.choice(moments), draw.uniform(0, 0.05), draw.randrange(2)
-    launch = command(path, processes=2)
-    with open(tmp_path / "log", "w") as log:
-        launcher = subprocess.Popen(launch, stdout=log, stderr=log, env=ON_CPU)
-    later = out / "checkpoints" / "episode-000000006"  # the moment may be too short to be seen
-    while not (out / moment).exists() and not later.exists():
-        assert launcher.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.002)
-    time.sleep(delay)
-    workers = psutil.Process(launcher.pid).children()
-    launcher.kill()
-    workers[victim].kill()
-    launcher.wait()
-    gone, left = psutil.wait_procs(workers, timeout=60)
-    assert not left and len(gone) == 2
-    assert not (out / "metrics.json").exists()
-    result = subprocess.run([*launch, "--resume"], capture_output=True, text=True, env=ON_CPU)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert_same_end(out, finished_by_two[0])
-
-
-@pytest.mark.slow
-def test_two_processes_agree_on_the_state_they_go_on_from(finished_by_two, config, tmp_path):
-    """The damaged file is that of the second alone."""
-    out = tmp_path / "copy"
-    shutil.copytree(finished_by_two[0], out)
-    (out / "checkpoints" / "episode-000000008" / "random_states_1.pkl").write_bytes(os.urandom(1000))
-    words = command(config("copy"), "--resume", processes=2)
-    result = subprocess.run(words, capture_output=True, text=True, env=ON_CPU)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("is damaged (random_states_1.pkl") == 1
-    assert_same_end(out, finished_by_two[0])
-
-
-@pytest.mark.slow
-def test_processes_of_a_killed_launcher_save_and_end(config, tmp_path):
-    """They would train on unseen, and keep `--resume` out. One process is enough for a launcher of several."""
-    out = tmp_path / "orphaned"
-    path = config("orphaned", num_episodes=2000, validate_every=2000)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(SCRIPTS / "train.py")]
-    with open(tmp_path / "log", "w") as log:
-        launcher = subprocess.Popen([*launch, "--config", str(path)], stdout=log, stderr=log, env=ON_CPU)
-    while not list(out.glob("checkpoints/episode-*")):
-        assert launcher.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.01)
-    (worker,) = psutil.Process(launcher.pid).children()
-    launcher.kill()
-    launcher.wait()
-    assert not psutil.wait_procs([worker], timeout=60)[1]
-    assert "Go on with --resume" in (tmp_path / "log").read_text()
-    assert list(out.glob("checkpoints/episode-*"))[-1].name < "episode-000002000"
-    with FileLock(out / "checkpoints" / ".lock").acquire(blocking=False):
-        pass
-
-
-@pytest.mark.slow
-def test_fsdp_makes_the_same_updates_saves_whole_models_and_resumes(finished, config, tmp_path):
-    """As --use_fsdp does on GPUs: torch shards on CPUs too, where accelerate does not look for it."""
-    path, out = config("sharded", validate_every=8), tmp_path / "sharded"
-    launch = sharded_command(path)
-    results, models = [], []
-    for options in ((), ("--resume",)):
-        result = subprocess.run([*launch, *options], capture_output=True, text=True, env=ON_CPU)
-        assert result.returncode == 0, result.stdout + result.stderr
-        results.append(json.loads((out / "metrics.json").read_text()))
-        models.append(load_file(out / "model.safetensors"))
-        (out / "metrics.json").unlink()
-        shutil.rmtree(out / "checkpoints" / "episode-000000008")
-    expected = finished[1]["training"]["history"]
-    for one, two, resumed in zip(expected, *(result["training"]["history"] for result in results)):
-        for name in ("loss", "gradient_norm"):
-            assert two[name] == pytest.approx(one[name], rel=1e-3)
-            assert resumed[name] == two[name]
-    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
-    assert AutoModel.from_pretrained(out).state_dict().keys() == models[0].keys()
-    assert not list((out / "best").glob("_fsdp*"))  # source of torch, were the class FSDP's
-
-
 @pytest.mark.slow
 def test_compiled_run_has_the_losses_of_the_plain_one_and_resumes(config, tmp_path, tmp_path_factory, monkeypatch):
     """The real compiler on a network of few kernels: each costs a second of g++."""
@@ -273,23 +153,6 @@ def test_compiled_run_has_the_losses_of_the_plain_one_and_resumes(config, tmp_pa
     assert all(torch.equal(tensor, kept[0][name]) for name, tensor in weights(folder).items())
 
 
-@pytest.mark.slow
-def test_evaluation_is_the_same_with_several_processes_and_several_episodes_at_once(finished, cache_dir, tmp_path):
-    options = ["--model", str(finished[0]), "--cache_dir", cache_dir, "--clips_per_class", "3", "--num_workers", "0",
-               "--way", "3", "--shot", "1", "2", "--num_episodes", "7"]  # fmt: skip
-    results = []
-    for processes, together in ((1, 1), (4, 3)):
-        path = tmp_path / f"{processes}.json"
-        launch = command("unused", processes=processes)
-        launch = [*launch[: launch.index(str(SCRIPTS / "train.py"))], str(SCRIPTS / "evaluate.py")]
-        launch += [*options, "--episodes_per_forward", str(together), "--json", str(path)]
-        result = subprocess.run(launch, capture_output=True, text=True, env=ON_CPU)
-        assert result.returncode == 0, result.stdout + result.stderr
-        results.append(json.loads(path.read_text()))
-    assert results[0] == results[1]
-    assert [(r["shot"], r["num_episodes"], r["num_queries"]) for r in results[0]] == [(1, 7, 21), (2, 7, 21)]
-
-
 def test_one_episode_has_no_interval(finished, cache_dir, tmp_path, capsys):
     options = ["--model", str(finished[0]), "--cache_dir", cache_dir, "--clips_per_class", "3", "--num_workers", "0",
                "--way", "3", "--num_episodes", "1", "--json", str(tmp_path / "new" / "one.json")]  # fmt: skip
@@ -301,6 +164,7 @@ def test_one_episode_has_no_interval(finished, cache_dir, tmp_path, capsys):
         evaluate(*parse_arguments((DataArguments, EvaluateArguments), [*options, "--crop_size", "16"]))
 
 
+@pytest.mark.slow
 def test_a_prepared_folder_is_recorded_as_what_it_was_made_from(cache_dir, tmp_path):
     data = DataArguments(preset="plain", clips_per_class=3, cache_dir=cache_dir)
     source = describe_source(data) | {"preset": "textured"}
@@ -309,6 +173,7 @@ def test_a_prepared_folder_is_recorded_as_what_it_was_made_from(cache_dir, tmp_p
     assert fields["dataset"] == "motion_shapes" and fields["preset"] == "textured" and fields["clips_per_class"] == 3
 
 
+@pytest.mark.slow
 def test_accuracy_counts_what_the_model_says(finished, cache_dir):
     """Against a loop over the episodes that asks the processor and the model one by one."""
     model, processor = AutoModel.from_pretrained(finished[0]), AutoProcessor.from_pretrained(finished[0])
@@ -331,6 +196,7 @@ def test_accuracy_counts_what_the_model_says(finished, cache_dir):
         evaluate_episodes(model, processor, videos, ragged, Accelerator(), episodes_per_forward=2)
 
 
+@pytest.mark.slow
 def test_a_broken_video_is_replaced_and_reported(config, cache_dir, tmp_path):
     folder = tmp_path / "videos"
     for split, classes in {
@@ -352,6 +218,7 @@ def test_a_broken_video_is_replaced_and_reported(config, cache_dir, tmp_path):
         run(config("refused", **fields))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_left_out_and_ends_the_run(config, tmp_path):
     with pytest.raises(RuntimeError, match=r"not finite in 2 steps in a row"):
         run(config("bad", learning_rate=1e30, warmup_ratio=0.0, num_episodes=16, max_bad_steps=2))
@@ -379,55 +246,6 @@ def test_a_signal_ends_validation_at_once(capsys):
         with pytest.raises(SystemExit) as exit, stop.at_once():
             pytest.fail("the state is saved: there is nothing to wait for")
     assert exit.value.code == 128 + signal.SIGTERM and "--resume" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_ablation(config, cache_dir, tmp_path, capsys):
-    backbone = {"model_type": "vit", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-                "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
-    path = config("ablation", paradigm="adapter", backbone_config=backbone, adapter_config={"reduction": 2},
-                  num_episodes=2, test_episodes=2, validate_every=2, motion_reduction=8)  # fmt: skip
-    names = ["both", "LoRA of equal size", "frozen backbone, OTAM"]
-
-    def run_ablation(*options):
-        classes = (DataArguments, ModelArguments, TrainArguments, ablate.AblationArguments)
-        ablate.main(*parse_arguments(classes, ["--config", str(path), *options]))
-        return [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-
-    rows = run_ablation("--only", *names, "--seeds", "0", "1")
-    assert [row[0] for row in rows] == [f"| {name}" for name in names]
-    mga, lora, frozen = (int(row[1].replace(",", "")) for row in rows)
-    assert mga >= lora > mga / 2 and frozen == 0
-    assert all("±" in row[2] and row[3].count(",") == 1 and row[4] == "4 |" for row in rows)  # 2 seeds of 2 episodes
-    metrics = sorted(tmp_path.glob("ablation/*/*/metrics.json"))
-    written = [file.stat().st_mtime_ns for file in metrics]
-    assert len(metrics) == 6 and run_ablation("--only", *names, "--seeds", "0", "1") == rows
-    assert [file.stat().st_mtime_ns for file in metrics] == written  # nothing was trained again
-    with_one = (tmp_path / "ablation" / "both" / "seed_1" / "model.safetensors").read_bytes()
-    shutil.rmtree(tmp_path / "ablation" / "both")
-    assert run_ablation("--only", *names, "--seeds", "0", "1", "--processes", "2") == rows
-    assert (tmp_path / "ablation" / "both" / "seed_1" / "model.safetensors").read_bytes() == with_one
-    assert "Training" in (tmp_path / "ablation" / "both" / "seed_1" / "output.txt").read_text()
-    with pytest.raises(ValueError, match=r"no variant 'no mixer'; there are both, Smga alone"):
-        run_ablation("--only", "no mixer")
-    with pytest.raises(ValueError, match=r"both/seed_0 holds another run: learning_rate was 0.01 and is 0.5. Give"):
-        run_ablation("--only", "both", "--learning_rate", "0.5")
-
-
-def test_the_interval_over_seeds_is_that_of_students_t():
-    assert ablate.interval_over_seeds([90.0, 92.0, 94.0]) == pytest.approx(4.303 * 2 / 3**0.5)
-    assert ablate.interval_over_seeds([80.0] * 20) == 0
-    with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
-        ablate.AblationArguments(processes=0)
-
-
-def test_rows_of_an_ablation_without_a_spread_and_without_an_interval():
-    def result(accuracy, interval):
-        test = {"accuracy": accuracy, "confidence_interval": interval, "num_episodes": 2}
-        return [{"test": test, "training": {"trainable_parameters": 1000}}]
-
-    table = ablate.format_table({"sure": result(100.0, 0.0), "single": result(50.0, None)}, [0])
-    assert table.splitlines()[2:] == ["| sure | 1,000 | 100.0 ± 0.0 | 2 |", "| single | 1,000 | 50.0 | 2 |"]
 
 
 class TestBadInput:
@@ -478,17 +296,6 @@ class TestBadInput:
         shutil.rmtree(tmp_path / "incomplete" / "best")
         with pytest.raises(FileNotFoundError, match=r"best is missing, the best model of this run: put it back"):
             run(path, "--resume")
-
-    @pytest.mark.slow
-    def test_more_processes_than_episodes(self, config):
-        result = subprocess.run(
-            command(config("many"), "--episodes_per_step", "1", processes=2),
-            capture_output=True,
-            text=True,
-            env=ON_CPU,
-        )
-        assert result.returncode != 0
-        assert "episodes_per_step=1 cannot be shared out to 2 processes" in result.stderr
 
     @pytest.mark.parametrize(
         "options, message",
@@ -551,6 +358,7 @@ class TestBadInput:
         assert ModelArguments(backbone="runs/still").backbone == str(tmp_path / "runs" / "still")
         assert ModelArguments(backbone="org/still").backbone == "org/still"
 
+    @pytest.mark.slow
     def test_resuming_with_other_labels(self, config, finished, tmp_path):
         path = config("relabelled", output_dir=str(finished[0]), clips_per_class=4)
         with pytest.raises(ValueError, match=r"labelled_videos was '90 for training.* and is '120 for training"):
