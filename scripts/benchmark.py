@@ -7,7 +7,8 @@ outputs are compared before the clock runs. On a GPU (`--device cuda`) each is s
 that kernels run, their number, and its share of what products of bf16 matrices reach in the same run.
 
 Parts: head (S-MGA, mixer, C-MGA), growth (C-MGA as episodes grow; `--plot FILE` draws it), adapter (MGA in a frozen
-ViT), support (kept supports), data (frames, cache, lists), train (steps of training in processes of accelerate).
+ViT), support (kept supports), data (frames, cache, lists), train (steps of training in processes of accelerate), feed
+(training episodes as they reach the device), evaluate (every clip encoded once for all episodes).
 Contenders that are not installed are named at the end: decord, torchcodec, and the authors' modules and model, which
 `--reference DIR` takes from a checkout of their repository. The code in that checkout is run.
 """
@@ -25,10 +26,20 @@ import torch
 
 from benchmarks.adapter import adapter_groups
 from benchmarks.data import data_groups
+from benchmarks.evaluate import evaluate_groups
 from benchmarks.feed import feed_groups
 from benchmarks.growth import growth_groups, plot_growth
 from benchmarks.head import head_groups
-from benchmarks.measuring import BenchmarkArguments, measure_ceilings, measure_group, measure_memory, on_gpu
+from benchmarks.measuring import (
+    BenchmarkArguments,
+    Count,
+    Group,
+    measure_ceilings,
+    measure_count,
+    measure_group,
+    measure_memory,
+    on_gpu,
+)
 from benchmarks.support import support_groups
 from benchmarks.train import train_groups
 from dmgal_hf.training.arguments import parse_arguments
@@ -42,6 +53,7 @@ GROUPS = {
     "data": data_groups,
     "train": train_groups,
     "feed": feed_groups,
+    "evaluate": evaluate_groups,
 }
 
 
@@ -89,6 +101,12 @@ def format_environment(environment: dict[str, Any]) -> str:
 
 def format_group(group: dict[str, Any]) -> str:
     """A markdown table."""
+    if "flop_ratio" in group["contenders"][0]:
+        lines = [f"### {group['name']}", "", "| | operations, relative | TFLOP, by count |", "|---|---|---|"]
+        lines += [
+            f"| {row['name']} | {row['flop_ratio']:.2f} | {row['flops'] / 1e12:.4g} |" for row in group["contenders"]
+        ]
+        return "\n".join(lines) + "\n"
     lines = [f"### {group['name']}", "", "| | time, relative | median | peak memory, relative | MB | |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for row in group["contenders"]:
@@ -133,7 +151,8 @@ def run_benchmark(arguments: BenchmarkArguments) -> dict[str, Any]:
         groups, skipped = GROUPS[part](arguments)
         measured = []
         for group in groups:
-            measured.append(measure_group(group, arguments))
+            count = isinstance(group, Count)
+            measured.append(measure_count(group) if count else measure_group(group, arguments))
             print(format_group(measured[-1]), flush=True)
         if skipped:
             print(f"Not measured: {'; '.join(skipped)}.\n", flush=True)
@@ -146,7 +165,7 @@ def main(arguments: BenchmarkArguments) -> None:
     with tempfile.TemporaryDirectory() if arguments.folder is None else nullcontext(arguments.folder) as folder:
         arguments = BenchmarkArguments(**{**vars(arguments), "folder": folder})
         if arguments.measure_memory is not None:
-            groups = [group for part in arguments.only for group in GROUPS[part](arguments)[0]]
+            groups = [one for part in arguments.only for one in GROUPS[part](arguments)[0] if isinstance(one, Group)]
             print(measure_memory(arguments.measure_memory, groups, arguments.device))
             return
         result = run_benchmark(arguments)

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 NUM_FRAMES = 8
 OURS = "dmgal_hf"
-PARTS = ("head", "growth", "adapter", "support", "data", "train", "feed")
+PARTS = ("head", "growth", "adapter", "support", "data", "train", "feed", "evaluate")
 GPU_PARTS = ("head", "train", "support", "feed")  # in one call of a few minutes
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmark.py"
 
@@ -72,7 +72,7 @@ class Run:
     What is timed, and the module whose dropout is off while outputs are compared. `describe` makes further facts of
     the median of the seconds; `close` is called at the end. Floating-point operations are counted unless they are
     given: those of a CUDA graph cannot be seen. A run that is not `local` does its work in other processes, and tells
-    itself what it took; its call does the same `times` times, and seconds are those of once.
+    itself what it took. Its call does the same `times` times, or that part of it, and seconds are those of once.
     """
 
     call: Callable[[], Any]
@@ -80,7 +80,7 @@ class Run:
     note: str = ""
     describe: Callable[[float], dict[str, Any]] = lambda seconds: {}
     close: Callable[[], None] = lambda: None
-    times: int = 1
+    times: float = 1
     flops: int | None = None
     local: bool = True
 
@@ -115,7 +115,22 @@ class Group:
     most_repeats: int | None = None
 
 
+@dataclass(frozen=True)
+class Count:
+    """Floating-point operations of contenders that are counted and not run; ratios are to the first."""
+
+    name: str
+    flops: dict[str, Callable[[], int]]
+
+
 # Measuring
+
+
+def measure_count(count: Count) -> dict[str, Any]:
+    rows = [{"name": name, "flops": flops()} for name, flops in count.flops.items()]
+    for row in rows:
+        row["flop_ratio"] = row["flops"] / rows[0]["flops"]
+    return {"name": count.name, "baseline": rows[0]["name"], "contenders": rows}
 
 
 def measure_group(group: Group, arguments: BenchmarkArguments) -> dict[str, Any]:

@@ -438,3 +438,23 @@ def test_the_id_names_the_contents_and_nothing_else(episodes):
     assert episodes_id(Dataset.from_dict({c: [[0, 1], [2]] for c in COLUMNS})) != episodes_id(
         Dataset.from_dict({c: [[0], [1, 2]] for c in COLUMNS})
     )
+
+
+def test_a_list_is_read_some_episodes_at_a_time(monkeypatch):
+    drawn = sample_episodes(LABELS, 5, 2, 2, num_episodes=100, seed=42)
+    whole = episodes_module.rows_of(drawn), episodes_module.sizes_of(drawn)
+    monkeypatch.setattr(episodes_module, "_EPISODES_A_READ", 7)
+    check_episodes(drawn, LABELS)
+    assert episodes_id(drawn) == "a04c8035f02f846f"
+    assert np.array_equal(episodes_module.rows_of(drawn), whole[0])
+    assert np.array_equal(episodes_module.sizes_of(drawn), whole[1]) and whole[1].tolist() == [[5, 10, 10]] * 100
+    rows = [dict(episode) for episode in drawn]
+    rows[9]["query"] = rows[9]["query"][:-1]
+    with pytest.raises(ValueError, match="episode 9 has 9 query videos but 10 query_labels"):
+        check_episodes(Dataset.from_list(rows), LABELS)
+    rows[9] = {**drawn[9], "support": [drawn[9]["support"][1], *drawn[9]["support"][1:]]}
+    with pytest.raises(ValueError, match=r"occurs twice in episode 9"):
+        check_episodes(Dataset.from_list(rows), LABELS)
+    rows[9] = {**drawn[9], "support_labels": [0] * 10}
+    with pytest.raises(ValueError, match=r"support labels of episode 9 are \[0\]"):
+        check_episodes(Dataset.from_list(rows), LABELS)

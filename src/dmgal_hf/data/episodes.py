@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 EPISODE_FEATURES = Features(
     {name: List(Value("int64")) for name in ("support", "support_labels", "query", "query_labels")}
 )
+_EPISODES_A_READ = 2048  # of a list, so that one of any length takes no more memory
 _WORDS_A_READ = 64
 _LARGEST_WORD = 2**64 - 1
 
@@ -238,15 +239,16 @@ def check_episodes(episodes: Dataset, labels: Sequence[int]) -> None:
             differ in class, or two of one class in episode label.
     """
     labels = _label_array(labels)
-    columns = _read_columns(episodes)
-    if len(episodes) == 0:
-        raise ValueError("the episode list is empty: draw one with sample_episodes")
-    _check_fingerprint(episodes.info.description, labels)
-    for part in ("support", "query"):
-        _check_lengths(part, columns[part], columns[f"{part}_labels"])
-        _check_rows(part, columns[part], len(labels))
-    _check_way(columns["support_labels"], columns["query_labels"])
-    _check_classes_agree(columns, labels)
+    for columns in _read_columns(episodes):
+        if len(episodes) == 0:
+            raise ValueError("the episode list is empty: draw one with sample_episodes")
+        if columns["support"].first == 0:
+            _check_fingerprint(episodes.info.description, labels)
+        for part in ("support", "query"):
+            _check_lengths(part, columns[part], columns[f"{part}_labels"])
+            _check_rows(part, columns[part], len(labels))
+        _check_way(columns["support_labels"], columns["query_labels"])
+        _check_classes_agree(columns, labels)
 
 
 def episodes_id(episodes: Dataset) -> str:
@@ -260,11 +262,33 @@ def episodes_id(episodes: Dataset) -> str:
         ValueError: if a column is missing or holds anything but lists of integers.
     """
     digest = hashlib.sha256()
-    for name, column in _read_columns(episodes).items():
+    for name in EPISODE_FEATURES:
         digest.update(name.encode())
-        digest.update(column.lengths.astype("<i8").tobytes())
-        digest.update(column.values.astype("<i8").tobytes())
+        for part in ("lengths", "values"):
+            for columns in _read_columns(episodes, [name]):
+                digest.update(getattr(columns[name], part).astype("<i8").tobytes())
     return digest.hexdigest()[:16]
+
+
+def rows_of(episodes: Dataset) -> np.ndarray:
+    """The rows that a list names, each once, ascending."""
+    parts = [
+        np.unique(np.concatenate([columns["support"].values, columns["query"].values]))
+        for columns in _read_columns(episodes, ["support", "query"])
+    ]
+    return np.unique(np.concatenate(parts))
+
+
+def sizes_of(episodes: Dataset) -> np.ndarray:
+    """Number of classes, supports and queries of each episode of a list that was checked: (N, 3) int32."""
+    sizes = [
+        [1 + np.maximum.reduceat(support.values, support.starts), support.lengths, query.lengths]
+        for support, query in (
+            (columns["support_labels"], columns["query_labels"])
+            for columns in _read_columns(episodes, ["support_labels", "query_labels"])
+        )
+    ]
+    return np.concatenate(sizes, axis=1).T.astype(np.int32)
 
 
 # Drawing
@@ -382,15 +406,23 @@ class _ListColumn(NamedTuple):
 
     values: np.ndarray  # (total,) int64
     lengths: np.ndarray  # (number of episodes,) int64
+    first: int  # number of the first of these episodes in the list
 
     @property
     def episode(self) -> np.ndarray:
-        """The episode of each value, shape (total,)."""
+        """The episode of each value, shape (total,), counted from the first of these."""
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
+    @property
+    def starts(self) -> np.ndarray:
+        """The place of the first value of each episode."""
+        return np.cumsum(self.lengths) - self.lengths
 
-def _read_columns(episodes: Dataset) -> dict[str, _ListColumn]:
-    """The four columns, in the order of the features, whatever the format or selection set on the dataset."""
+
+def _read_columns(
+    episodes: Dataset, names: Sequence[str] = tuple(EPISODE_FEATURES)
+) -> Iterator[dict[str, _ListColumn]]:
+    """Columns of some episodes after the other, whatever the format or selection set on the dataset."""
     if not isinstance(episodes, Dataset):
         hint = f": choose one of its splits {', '.join(episodes)}" if isinstance(episodes, DatasetDict) else ""
         raise ValueError(f"episodes must be a datasets.Dataset, got {type(episodes).__name__}{hint}")
@@ -399,11 +431,13 @@ def _read_columns(episodes: Dataset) -> dict[str, _ListColumn]:
         raise ValueError(
             f"the episode list lacks the column(s) {', '.join(missing)}; it has {', '.join(episodes.column_names)}"
         )
-    table = episodes.select_columns(list(EPISODE_FEATURES)).with_format("arrow")[:]
-    return {name: _read_list_column(name, table[name]) for name in EPISODE_FEATURES}
+    table = episodes.select_columns(list(names)).with_format("arrow")
+    for first in range(0, max(len(episodes), 1), _EPISODES_A_READ):
+        part = table[first : first + _EPISODES_A_READ]
+        yield {name: _read_list_column(name, part[name], first) for name in names}
 
 
-def _read_list_column(name: str, column: pa.ChunkedArray) -> _ListColumn:
+def _read_list_column(name: str, column: pa.ChunkedArray, first: int) -> _ListColumn:
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or not pa.types.is_integer(kind.value_type):
@@ -412,7 +446,7 @@ def _read_list_column(name: str, column: pa.ChunkedArray) -> _ListColumn:
     if column.null_count or values.null_count:
         raise ValueError(f"column {name} of the episode list holds empty (null) entries: every list must be complete")
     lengths = pc.list_value_length(column)
-    return _ListColumn(values.cast(pa.int64()).to_numpy(), lengths.cast(pa.int64()).to_numpy())
+    return _ListColumn(values.cast(pa.int64()).to_numpy(), lengths.cast(pa.int64()).to_numpy(), first)
 
 
 def _first(mask: np.ndarray) -> int | None:
@@ -442,18 +476,18 @@ def _check_fingerprint(description: str, labels: np.ndarray) -> None:
 def _check_lengths(part: str, rows: _ListColumn, labels: _ListColumn) -> None:
     if (episode := _first(rows.lengths != labels.lengths)) is not None:
         raise ValueError(
-            f"episode {episode} has {rows.lengths[episode]} {part} videos but {labels.lengths[episode]} "
+            f"episode {rows.first + episode} has {rows.lengths[episode]} {part} videos but {labels.lengths[episode]} "
             f"{part}_labels: give one label a video"
         )
     if (episode := _first(rows.lengths == 0)) is not None:
-        raise ValueError(f"episode {episode} has no {part} videos: take it out of the list")
+        raise ValueError(f"episode {rows.first + episode} has no {part} videos: take it out of the list")
 
 
 def _check_rows(part: str, rows: _ListColumn, num_videos: int) -> None:
     if (clip := _first((rows.values < 0) | (rows.values >= num_videos))) is not None:
         raise ValueError(
-            f"{part} row {rows.values[clip]} in episode {rows.episode[clip]} is out of range: the dataset has "
-            f"{num_videos} videos; use the dataset and split the list was made for"
+            f"{part} row {rows.values[clip]} in episode {rows.first + rows.episode[clip]} is out of range: the "
+            f"dataset has {num_videos} videos; use the dataset and split the list was made for"
         )
 
 
@@ -465,26 +499,27 @@ def _check_way(support: _ListColumn, query: _ListColumn) -> None:
     step = support.lengths.max()
     lifted = np.unique((step * episode + support.values)[possible])
     different = np.bincount(lifted // step, minlength=len(support.lengths))
-    way = 1 + np.maximum.reduceat(support.values, np.cumsum(support.lengths) - support.lengths)
+    way = 1 + np.maximum.reduceat(support.values, support.starts)
     wrong = (way != different) | (way < 2)
     wrong[episode[~possible]] = True
     if (wrong_episode := _first(wrong)) is not None:
         found = np.unique(support.values[episode == wrong_episode]).tolist()
         raise ValueError(
-            f"the support labels of episode {wrong_episode} are {found}: they must be 0..way-1, at least 2, "
-            f"and each has a support"
+            f"the support labels of episode {support.first + wrong_episode} are {found}: they must be 0..way-1, at "
+            f"least 2, and each has a support"
         )
     if (clip := _first((query.values < 0) | (query.values >= way[query.episode]))) is not None:
         labels = np.arange(way[query.episode[clip]]).tolist()
         raise ValueError(
-            f"query label {query.values[clip]} in episode {query.episode[clip]} has no support: "
+            f"query label {query.values[clip]} in episode {query.first + query.episode[clip]} has no support: "
             f"the labels there are {labels}"
         )
 
 
 def _check_classes_agree(columns: dict[str, _ListColumn], labels: np.ndarray) -> None:
     """No video twice in an episode; one episode label is one class and one class one episode label."""
-    episode = np.concatenate([columns["support"].episode, columns["query"].episode])
+    first = columns["support"].first
+    episode = first + np.concatenate([columns["support"].episode, columns["query"].episode])
     row = np.concatenate([columns["support"].values, columns["query"].values])
     episode_label = np.concatenate([columns["support_labels"].values, columns["query_labels"].values])
 

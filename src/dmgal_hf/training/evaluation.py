@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from ..data import KeptClips, check_episodes, encode_clips, episodes_id, load_episodes, sample_episodes
-from ..data.episodes import EPISODE_FEATURES
+from ..data.episodes import EPISODE_FEATURES, rows_of, sizes_of
 from ..data.frame_memory import FrameMemory
 from ..data.kept_clips import fingerprint_of_clips
 from ..model.configuration_dmgal import DmgalConfig
@@ -70,14 +70,16 @@ def evaluate_episodes(
     """
     labels = np.asarray(videos["label"])
     check_episodes(episodes, labels)
-    groups = _episodes_of_one_size(episodes)
-    if len(groups) > 1 and (episodes_per_forward or 1) > 1:
+    sizes = sizes_of(episodes)
+    kinds, kind_of = np.unique(sizes, axis=0, return_inverse=True)
+    if len(kinds) > 1 and (episodes_per_forward or 1) > 1:
+        shown = ", ".join(str(tuple(kind)) for kind in kinds[:3].tolist())
         raise ValueError(
-            "the episodes are not of one size but have (classes, supports, queries) of "
-            f"{', '.join(map(str, sorted(groups)[:3]))}: set episodes_per_forward=1."
+            f"the episodes are not of one size but have (classes, supports, queries) of {shown}: set "
+            "episodes_per_forward=1."
         )
     network = accelerator.unwrap_model(model).eval()
-    rows = rows_of(episodes)
+    rows = torch.from_numpy(rows_of(episodes))
     if kept is None:
         kept = encode_clips(
             network, processor, videos, rows, num_workers, accelerator, kept_clips_gb, identify=False,
@@ -86,34 +88,50 @@ def evaluate_episodes(
     else:
         kept.check(fingerprint_of_clips(network, processor, accelerator), videos, rows)
     batches = []
-    for size, numbers in groups.items():
-        together = episodes_per_forward or _fitting(kept, *size[1:])
-        batches += [(size[0], part) for part in np.array_split(numbers, -(-len(numbers) // together))]
-    # As many for every process, as with FSDP they wait for each other: one that is handed out twice counts once.
-    first, step = accelerator.process_index, accelerator.num_processes
-    mine = [batches[number % len(batches)] for number in range(first, first + -(-len(batches) // step) * step, step)]
-    results = []
+    for kind, (way, num_support, num_query) in enumerate(kinds.tolist()):
+        numbers = np.flatnonzero(kind_of == kind)
+        together = episodes_per_forward or _fitting(kept, num_support, num_query)
+        batches += [(way, part) for part in np.array_split(numbers, -(-len(numbers) // together))]
+    tally = _Tally(len(episodes), labels, len(videos.features["label"].names), accelerator.device)
     bar = tqdm(total=len(episodes), desc=f"{description}: episodes", unit="episode", leave=False,
                disable=not accelerator.is_main_process)  # fmt: skip
+    first, step = accelerator.process_index, accelerator.num_processes
     with bar, torch.no_grad(), accelerator.autocast():
-        for way, numbers in mine:
-            results.append(_score(network, kept, episodes, numbers, way, labels, accelerator.device))
+        # As many for every process, as with FSDP they wait for each other: one that is handed out twice counts once.
+        for place in range(first, first + -(-len(batches) // step) * step, step):
+            way, numbers = batches[place % len(batches)]
+            batch = _read(episodes, numbers)
+            logits = _score(network, kept, batch, way, accelerator.device)
+            if place < len(batches):
+                tally.add(numbers, batch, logits)
             bar.update(min(step * len(numbers), bar.total - bar.n))
-    results = accelerator.pad_across_processes(torch.cat(results), pad_index=-1)
-    return summarize(accelerator.gather(results).cpu().numpy(), videos.features["label"].names, episodes)
+    correct, confusion = accelerator.reduce((tally.correct, tally.confusion), "sum")
+    names = videos.features["label"].names
+    return summarize(correct.cpu().numpy(), sizes[:, 2], confusion.cpu().numpy(), names, episodes)
 
 
-def rows_of(episodes: Dataset) -> torch.Tensor:
-    """The rows that a list names, ascending."""
-    return torch.tensor([row for part in ("support", "query") for rows in episodes[part] for row in rows]).unique()
+class _Tally:
+    """
+    What is counted of a list of episodes, on the device: right answers of each, and answers by class of the dataset.
+    """
 
+    def __init__(self, num_episodes: int, labels: np.ndarray, num_classes: int, device: torch.device):
+        self.labels = torch.from_numpy(labels).to(device)
+        self.correct = torch.zeros(num_episodes, dtype=torch.int32, device=device)
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
-def _episodes_of_one_size(episodes: Dataset) -> dict[tuple[int, int, int], list[int]]:
-    """(classes, supports, queries) -> numbers of the episodes."""
-    groups: dict[tuple[int, int, int], list[int]] = {}
-    for number, (support, query) in enumerate(zip(episodes["support_labels"], episodes["query_labels"])):
-        groups.setdefault((max(support) + 1, len(support), len(query)), []).append(number)
-    return groups
+    def add(self, numbers: np.ndarray, batch: dict[str, torch.Tensor], logits: torch.Tensor):
+        """`logits` (B, Q, N) of the episodes with these numbers."""
+        device = self.labels.device
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        # Classes of the episode -> classes of the dataset.
+        true, of_support = self.labels[batch["query"]], self.labels[batch["support"]]
+        classes = torch.zeros_like(of_support[:, : logits.shape[-1]])
+        classes.scatter_(1, batch["support_labels"], of_support)
+        predicted = classes.gather(1, logits.argmax(-1))
+        self.correct[torch.from_numpy(numbers).to(device)] = (predicted == true).sum(1, dtype=torch.int32)
+        one = torch.ones((), dtype=torch.int64, device=device)
+        self.confusion.index_put_((true, predicted), one, accumulate=True)
 
 
 def _fitting(kept: KeptClips, num_support: int, num_query: int) -> int:
@@ -122,36 +140,30 @@ def _fitting(kept: KeptClips, num_support: int, num_query: int) -> int:
     return max(1, BYTES_TOGETHER // an_episode)
 
 
+def _read(episodes: Dataset, numbers: np.ndarray) -> dict[str, torch.Tensor]:
+    """Rows and labels of B episodes of one size, (B, S) or (B, Q)."""
+    return {name: torch.tensor(column) for name, column in episodes[numbers].items() if name in EPISODE_FEATURES}
+
+
 def _score(
-    network: nn.Module,
-    kept: KeptClips,
-    episodes: Dataset,
-    numbers: np.ndarray,
-    way: int,
-    labels: np.ndarray,
-    device: torch.device,
+    network: nn.Module, kept: KeptClips, batch: dict[str, torch.Tensor], way: int, device: torch.device
 ) -> torch.Tensor:
-    """(B·Q, 3) of B episodes of one size: number of the episode, true and predicted class of the dataset."""
-    batch = {name: torch.tensor(column) for name, column in episodes[numbers].items() if name in EPISODE_FEATURES}
+    """Logits (B, Q, N) of B episodes of one size."""
     clips = [
         {name: tensor.to(device, non_blocking=True) for name, tensor in gather(batch[part]).items()}
         for part, gather in (("support", kept.support), ("query", kept.query))
     ]
-    support_labels = batch["support_labels"].to(device)
-    logits = network.score_clips(clips[0], support_labels, clips[1], way)
-    # Classes of the episode -> classes of the dataset.
-    true, of_support = (torch.from_numpy(labels[batch[part]]).to(device) for part in ("query", "support"))
-    classes = torch.zeros_like(of_support[:, :way]).scatter_(1, support_labels, of_support)
-    predicted = classes.gather(1, logits.argmax(-1))
-    number = torch.from_numpy(numbers).to(device)[:, None].expand_as(predicted)
-    return torch.stack([number, true, predicted], -1).flatten(0, 1)
+    return network.score_clips(clips[0], batch["support_labels"].to(device), clips[1], way)
 
 
-def summarize(rows: np.ndarray, class_names: list[str], episodes: Dataset) -> dict[str, Any]:
+def summarize(
+    correct: np.ndarray, num_queries: np.ndarray, confusion: np.ndarray, class_names: list[str], episodes: Dataset
+) -> dict[str, Any]:
     """
     Args:
-        rows (`np.ndarray` of shape `(queries, 3)`): episode, true and predicted class; episode -1 is padding, and an
-            episode that was handed to two processes counts once.
+        correct (`np.ndarray` of shape `(episodes,)`): queries that were recognised.
+        num_queries (`np.ndarray` of shape `(episodes,)`): queries of each episode.
+        confusion (`np.ndarray` of shape `(classes, classes)`): queries by true and predicted class of the dataset.
         class_names (`list[str]`): names of the dataset's classes.
         episodes (`datasets.Dataset`): the list that was evaluated.
 
@@ -161,31 +173,19 @@ def summarize(rows: np.ndarray, class_names: list[str], episodes: Dataset) -> di
         `episodes_id`; `per_class`, accuracy in percent by class name; `confusion`, true class -> predicted class ->
         queries.
     """
-    rows = rows[rows[:, 0] >= 0]
-    num_queries = np.array([len(query) for query in episodes["query"]])
-    order = np.argsort(rows[:, 0], kind="stable")
-    rows = rows[order]
-    # Ragged batches are padded by repeating episodes: keep the first of each.
-    position = np.arange(len(rows)) - np.searchsorted(rows[:, 0], rows[:, 0])
-    rows = rows[position < num_queries[rows[:, 0]]]
-    correct = rows[:, 1] == rows[:, 2]
-    accuracy = np.bincount(rows[:, 0], correct) / np.bincount(rows[:, 0])
+    accuracy = correct / num_queries
     interval = 196 * float(accuracy.std(ddof=1) / np.sqrt(len(accuracy))) if len(accuracy) > 1 else None
-    true, predicted = rows[:, 1], rows[:, 2]
-    confusion = {
-        class_names[c]: {
-            class_names[p]: int(((true == c) & (predicted == p)).sum()) for p in np.unique(predicted[true == c])
-        }
-        for c in np.unique(true)
-    }
+    asked = np.flatnonzero(confusion.any(1))
     return {
         "accuracy": 100 * float(accuracy.mean()),
         "confidence_interval": interval,
         "num_episodes": len(accuracy),
-        "num_queries": len(rows),
+        "num_queries": int(num_queries.sum()),
         "episodes_id": episodes_id(episodes),
-        "per_class": {class_names[c]: 100 * float(correct[true == c].mean()) for c in np.unique(true)},
-        "confusion": confusion,
+        "per_class": {class_names[c]: 100 * float(confusion[c, c] / confusion[c].sum()) for c in asked},
+        "confusion": {
+            class_names[c]: {class_names[p]: int(confusion[c, p]) for p in np.flatnonzero(confusion[c])} for c in asked
+        },
     }
 
 
@@ -229,7 +229,7 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
             (draw, sample_episodes(labels, **draw, num_episodes=arguments.num_episodes, class_names=names))
             for draw in draws
         ]
-    rows = torch.cat([rows_of(episodes) for _, episodes in lists])
+    rows = np.concatenate([rows_of(episodes) for _, episodes in lists])
     kept = encode_clips(
         model, processor, videos, rows, data.num_workers, accelerator, arguments.kept_clips_gb, arguments.kept_clips,
         description="Evaluating",
