@@ -46,7 +46,7 @@ class Protocol:
 SPLIT, SMALL_SPLIT = Protocol(), Protocol(classes=3, clips=4, way=2, shot=1, episodes=8, sample=2)
 # In training by the quick start; all of it is run the plain way.
 VALIDATION, SMALL_VALIDATION = (
-    Protocol(clips=40, shot=1, episodes=50, sample=50), Protocol(clips=4, way=2, shot=1, episodes=4, sample=4),
+    Protocol(clips=40, shot=1, episodes=50, sample=50), Protocol(clips=2, way=2, shot=1, episodes=4, sample=4),
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def prepare_ours(arguments: BenchmarkArguments, paradigm: str, videos: Callable,
     accelerator = make_accelerator(arguments)
 
     def call() -> dict[str, Any]:
-        return evaluate_episodes(model, processor, videos, episodes, accelerator, num_workers=1)
+        return evaluate_episodes(model, processor, videos, episodes, accelerator, num_workers=workers(arguments))
 
     return Run(call)
 
@@ -106,7 +106,7 @@ def prepare_plain(arguments: BenchmarkArguments, paradigm: str, videos: Callable
 
     def call() -> torch.Tensor:
         predicted = []
-        for batch in DataLoader(data, num_workers=1, collate_fn=collate_episodes):
+        for batch in DataLoader(data, num_workers=workers(arguments), collate_fn=collate_episodes):
             frames = [processor.normalize(batch[f"{part}_pixel_values"].to(arguments.device))
                       for part in ("support", "query")]  # fmt: skip
             with torch.no_grad():
@@ -123,7 +123,7 @@ def prepare_one_pass(arguments: BenchmarkArguments, paradigm: str, videos: Calla
     (model, processor), videos = make_model(arguments, paradigm), videos()
 
     def call() -> None:
-        loader = DataLoader(Frames(videos, processor), batch_size=CLIPS_TOGETHER, num_workers=1)
+        loader = DataLoader(Frames(videos, processor), batch_size=CLIPS_TOGETHER, num_workers=workers(arguments))
         for frames in loader:
             frames = processor.normalize(frames.to(arguments.device))[None]
             labels = torch.zeros(frames.shape[:2], dtype=torch.int64, device=arguments.device)
@@ -150,6 +150,11 @@ def draw(videos: Dataset, protocol: Protocol, num_episodes: int) -> Dataset:
     return sample_episodes(videos["label"], protocol.way, protocol.shot, protocol.query, num_episodes)
 
 
+def workers(arguments: BenchmarkArguments) -> int:
+    """Processes that read, the same for all contenders; their start would take longer than a small part."""
+    return 0 if arguments.small else 1
+
+
 def make_accelerator(arguments: BenchmarkArguments) -> Accelerator:
     return Accelerator(cpu=torch.device(arguments.device).type == "cpu")
 
@@ -167,7 +172,7 @@ def prepare_second_half(arguments: BenchmarkArguments, paradigm: str, episodes: 
     protocol = split_protocol(arguments)
     (model, processor), videos = make_model(arguments, paradigm), make_split(arguments, protocol)
     accelerator = make_accelerator(arguments)
-    kept = encode_clips(model, processor, videos, num_workers=1)
+    kept = encode_clips(model, processor, videos, num_workers=workers(arguments))
     drawn = draw(videos, protocol, episodes)
     evaluate = functools.partial(evaluate_episodes, model, processor, videos, accelerator=accelerator, kept=kept)
     evaluate(episodes=draw(videos, protocol, 2))  # what a first call loads is not the episodes'
@@ -226,7 +231,7 @@ def evaluate_groups(arguments: BenchmarkArguments) -> tuple[list[Group | Count],
             ]
             compare = functools.partial(compare_accuracies, *prepared)
             groups.append(Group(f"{name}: {what}", contenders, memory=False, compare=compare))
-        counts = (protocol.episodes, 10 * protocol.episodes)
+        counts = (protocol.episodes // 4, protocol.episodes)
         contenders = [
             Contender(f"{count:,} episodes", functools.partial(prepare_second_half, arguments, paradigm, count))
             for count in counts

@@ -234,3 +234,21 @@ def test_feed(benchmark, tmp_path, capsys):
 
 def test_time_of_a_gpu_that_runs_several_kernels_at_once_counts_once():
     assert measuring.covered([(5, 6), (0, 2), (1, 3), (1.5, 2)]) == 4 and measuring.covered([]) == 0
+
+
+@pytest.mark.slow
+def test_evaluate(benchmark, tmp_path, capsys):
+    result, groups = run_part(benchmark, "evaluate", tmp_path, "--folder", str(tmp_path / "made"))
+    counted = result["parts"]["evaluate"]["groups"].pop()
+    check_structure(result, "evaluate", capsys.readouterr().out)
+    assert len(groups) == 7
+    for name, rows in groups.items():
+        if "every episode by itself" in rows and name != counted["name"]:
+            assert list(rows) == ["dmgal_hf", "every episode by itself", "one pass over the clips"]
+            plain = rows["every episode by itself"]
+            assert plain["difference"] < 1e-6
+            assert plain["note"] == ("all of them" if "validation" in name else "extrapolated from 2 episodes")
+    # 8 episodes of 4 clips, or 12 clips once and then, of two blocks, the second for 8 x 2 queries.
+    ours, plain = counted["contenders"]
+    assert ours["flop_ratio"] == 1 and plain["flops"] == pytest.approx(ours["flops"] * plain["flop_ratio"])
+    assert 1.5 < plain["flop_ratio"] < 32 / 12

@@ -18,6 +18,8 @@ from .configuration_dmgal import DmgalConfig
 # Attention scores that C-MGA holds at a time; more queries than that take turns. 2**23 float32 numbers are 32 MiB.
 # A GPU holds four times as many: a training step of 25 supports and 20 queries then computes nothing again.
 SCORES_AT_A_TIME = 2**23
+# Where a CPU keeps none of them for gradients, as many as its caches hold: softmax and mean then find them there.
+SCORES_IN_CACHE = 2**17
 
 
 def channels_last(maps: torch.Tensor) -> torch.Tensor:
@@ -435,7 +437,7 @@ class CrossMotionAttention(nn.Module):
         Descriptors of queries with what they read of the supports, `(B, Q, T, C)`, and the attention on request.
         Averaging the attention before the product with the values makes that product P times smaller. Queries take
         turns, so that the scores of all queries and supports are never held together; in training they are computed
-        again.
+        again. (Without gradients frames take turns, too, on a CPU.)
 
         Args:
             descriptors, motion: from [`encode_query`].
@@ -448,14 +450,29 @@ class CrossMotionAttention(nn.Module):
             attention = maps.unflatten(2, motion.shape[3:5]).mean(3)
             maps = self._by_video(maps, motion.shape[4])
         else:
-            scores_a_query = motion[..., 0, :, 0].numel() * num_keys
-            at_a_time = max(SCORES_AT_A_TIME * (1 if motion.device.type == "cpu" else 4) // scores_a_query, 1)
-            # A program that is exported for any number of queries has no fixed number of turns.
-            turns = [motion] if torch.compiler.is_exporting() else motion.split(at_a_time, dim=3)
-            means = [self._mean_attention(turn, key_motion, num_keys, again=len(turns) > 1) for turn in turns]
-            attention = torch.cat(means, 2)
+            attention = self._mean_attention_in_turns(motion, key_motion, num_keys)
         cross = F.pad(attention, (0, values.shape[-2] - num_keys)) @ values
         return descriptors + self.gamma_cross * cross.transpose(1, 2), maps
+
+    def _mean_attention_in_turns(self, motion: torch.Tensor, key_motion: torch.Tensor, num_keys: int) -> torch.Tensor:
+        if torch.compiler.is_exporting():  # a program for any number of queries has no fixed number of turns
+            return self._mean_attention(motion, key_motion, num_keys, again=False)
+        batch = motion.shape[1:3]
+        motion, key_motion = motion.flatten(1, 2)[:, None], key_motion.flatten(1, 2)[:, None]
+        num_frames, num_queries = motion.shape[2:4]
+        scores = motion[:, 0, 0, 0, :, 0].numel() * num_keys  # of one query in one frame
+        if motion.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            at_a_time = SCORES_AT_A_TIME * (1 if motion.device.type == "cpu" else 4)
+            frames, queries = num_frames, max(at_a_time // (scores * num_frames), 1)
+        else:
+            queries = max(SCORES_IN_CACHE // scores, 1)
+            frames = max(queries // num_queries, 1)
+        again = torch.is_grad_enabled() and queries < num_queries
+        means = [
+            torch.cat([self._mean_attention(turn, keys, num_keys, again) for turn in of_frames.split(queries, 3)], 2)
+            for of_frames, keys in zip(motion.split(frames, 2), key_motion.split(frames, 2))
+        ]
+        return torch.cat(means, 1)[0].unflatten(0, batch)
 
     def _mean_attention(
         self, motion: torch.Tensor, key_motion: torch.Tensor, num_keys: int, again: bool
@@ -466,7 +483,7 @@ class CrossMotionAttention(nn.Module):
             attention = self._attention(motion, key_motion, num_keys)
             return attention.unflatten(3, motion.shape[3:5]).mean((0, 4))
 
-        if again and torch.is_grad_enabled():
+        if again:
             return checkpoint(mean, motion, key_motion, use_reentrant=False)
         return mean(motion, key_motion)
 
