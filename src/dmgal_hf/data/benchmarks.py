@@ -144,8 +144,8 @@ def load_video_folder(
         class_folders = _given_splits(root, folders)
     else:
         drawn = draw_class_split(folders, seed, fractions)
-        if not validation:
-            drawn["train"] = sorted(drawn.get("train", []) + drawn.pop("validation", []))
+        if not validation and "validation" in drawn:
+            drawn["train"] = sorted(drawn.get("train", []) + drawn.pop("validation"))
         class_folders = {
             split: {name: os.path.join(root, name) for name in class_names} for split, class_names in drawn.items()
         }
