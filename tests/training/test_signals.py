@@ -99,6 +99,7 @@ def test_to_one_of_two_processes_between_states(config, tmp_path):
     with started(command(config(**LONG, num_workers=1), processes=2), tmp_path) as process:
         wait_for("config.yaml", out, process)
         while len(family := family_of(process)) < 5:  # both read: they train
+            assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.01)
         launched = psutil.Process(process.pid).children()
         launched[1].terminate()
