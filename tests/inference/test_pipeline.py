@@ -396,6 +396,31 @@ def test_kept_support_set_that_the_model_did_not_make(tmp_path, classes, kind):
             classifier.load(tmp_path / "kept")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bfloat16_everything_works_and_answers_as_in_float32(tmp_path, videos, long_video, kind):
+    classes = {"push": videos[:2], "pull": videos[2:4]}
+    answers, temperatures = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(kind).to(dtype)
+        processor = DmgalVideoProcessor(num_frames=4, size=32, crop_size=32)
+        classifier = pipeline(TASK, model=model, image_processor=processor, device="cpu", dtype=dtype)
+        classifier.fit(classes, unknown="auto")
+        assert classifier.model.dtype == dtype == classifier.support.features.dtype
+        classifier.unknown = None
+        temperatures[dtype] = classifier.calibrate()
+        classifier.temperature = 0.1
+        answers[dtype] = [by_label(answer) for answer in classifier(videos)]
+        streamed = list(classifier.stream(long_video, window=1.0, stride=0.5))
+        answers[dtype] += [{window.label: window.score} for window in streamed]
+        classifier.save(tmp_path / "kept")
+        again = pipeline(TASK, model=model, image_processor=processor, device="cpu").load(tmp_path / "kept")
+        assert again(videos[7]) == classifier(videos[7]) and len(streamed) > 5
+    # A distance rounds to 8 bits, and temperatures lie 2 % apart.
+    assert temperatures[torch.bfloat16] == pytest.approx(temperatures[torch.float32], rel=0.25)
+    for found, expected in zip(answers[torch.bfloat16], answers[torch.float32], strict=True):
+        assert found == pytest.approx(expected, abs=0.1)
+
+
 def test_kept_support_set_brings_the_dtype_of_its_model(tmp_path, checkpoint, videos, classes):
     classifier = pipeline(TASK, model=checkpoint, dtype="bfloat16", device="cpu").fit(classes)
     classifier.save(tmp_path / "kept")

@@ -1,11 +1,13 @@
 """What keeps a GPU busy, as far as a CPU can tell: no host reads, whole graphs, one pass, half precision."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionConfig, DINOv3ViTConfig, ResNetConfig, ViTConfig
 
-from dmgal_hf import DmgalConfig, DmgalModel
+from dmgal_hf import DmgalConfig, DmgalModel, DmgalVideoProcessor
 from dmgal_hf.model.motion_attention import CrossMotionAttention, SelfMotionAttention
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -200,3 +202,33 @@ def test_products_of_49_patches_have_aligned_rows_in_bfloat16_and_the_same_resul
     assert len(products.strides) > 20 and all(stride % 8 == 0 for stride in products.strides)
     assert (described - expected).norm() < 0.01 * expected.norm()
     assert (gradients - expected_gradients).norm() < 0.1 * expected_gradients.norm()
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """A device that has no values, so that each that is read is an error; autocast does not know it."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)
+    return "meta"
+
+
+@torch.no_grad()
+def test_an_episode_of_the_processor_is_scored_without_reading_its_labels(nowhere):
+    model = make_model("ft").to(nowhere)
+    clip = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
+    episode = DmgalVideoProcessor(num_frames=4, size=32, crop_size=32)(support={"a": clip, "b": clip}, query=clip)
+    assert "way" not in episode.to("cpu")  # every entry is a tensor that may be stacked
+    episode = episode.to(nowhere)
+    assert model(**episode).logits.shape == (1, 1, 2)
+    del episode["way"]
+    with pytest.raises(RuntimeError, match="meta"):
+        model(**episode)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {"self_motion_attention": False}])
+def test_windows_of_a_stream_are_scored_without_reading_a_value(nowhere, fields):
+    model = DmgalModel(DmgalConfig(num_frames=4, **KINDS["ft"], **fields)).eval()
+    support = model.encode_support(EPISODES["support_pixel_values"][:1], EPISODES["support_labels"][:1]).to(nowhere)
+    maps = model.to(nowhere).encode_frames(torch.zeros(10, 3, 32, 32, device=nowhere))
+    assert model.score_windows(maps, torch.tensor([0, 2, 6]), support).shape == (3, 2)

@@ -209,7 +209,7 @@ def window_scores(
             # As they lie in memory. Not a view: it would keep the others.
             frame.tensor, frame.encoded = maps[number].movedim(0, -1).clone(), True
             frame.pooled = None if pooled is None else pooled[number].clone()
-    logits = model.score_windows(_stack(frames).movedim(-1, 1), torch.tensor(starts, device=device), support)
+    logits = model.score_windows(_stack(frames).movedim(-1, 1), torch.tensor(starts), support)
     if frames[0].pooled is None:
         return logits, None
     return logits, model.embed_videos(

@@ -56,6 +56,15 @@ class DmgalSupport:
                 states[name.removeprefix("support.")] = state
         return cls(clips["features"], labels, way, states)
 
+    def clips(self) -> dict[str, torch.Tensor]:
+        """Tensors `(B, S, ...)` by the names of [`DmgalModel.encode_clips`], of what is kept: not the tokens."""
+        clips = {"features": self.features}
+        for name, state in self.states.items():
+            if not name.startswith("text."):
+                state = state.unflatten(-2, (self.labels.shape[1], -1)).movedim((-5, -3), (0, 1))
+                clips[name if name == "cross.motion" else f"support.{name}"] = state
+        return clips
+
     def cache(self) -> SupportCache:
         """What Cmga-Adapters read."""
         states = {name: state for name, state in self.states.items() if not name.startswith(("cross.", "text."))}

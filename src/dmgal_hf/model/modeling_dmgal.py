@@ -1,7 +1,6 @@
 """DMGAL: few-shot action recognition with motion-guided attention (arXiv 2411.11335)."""
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -389,7 +388,9 @@ class DmgalModel(DmgalPreTrainedModel):
             `torch.FloatTensor` of shape `(B, Q, N)`: the logits.
         """
         way = int(support_labels.max()) + 1 if way is None else way
-        kept = DmgalSupport.from_clips(support, support_labels, way)
+        return self._score(DmgalSupport.from_clips(support, support_labels, way), query)
+
+    def _score(self, kept: DmgalSupport, query: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if "query.patches" in query:
             patches = query["query.patches"]
             cache = kept.cache()
@@ -403,7 +404,7 @@ class DmgalModel(DmgalPreTrainedModel):
             features, _ = self.cross_attention.read(query["features"], motion, _cross_keys(kept))
         else:
             features = query["features"]
-        return self._match(features, kept.features, support_labels, way)
+        return self._match(features, kept.features, kept.labels, kept.way)
 
     @property
     def frames_are_independent(self) -> bool:
@@ -453,6 +454,7 @@ class DmgalModel(DmgalPreTrainedModel):
         Args:
             maps (`torch.FloatTensor` of shape `(F, C, h, w)`): [`encode_frames`] of the frames of the video.
             starts (`torch.LongTensor` of shape `(Q,)`): the first frame of each window; its T frames follow in `maps`.
+                On the CPU, or else the device is waited for.
             support ([`DmgalSupport`]): kept supports of one episode.
 
         Returns:
@@ -464,16 +466,19 @@ class DmgalModel(DmgalPreTrainedModel):
         episodes, _, num_frames = support.features.shape[:3]
         if episodes != 1:
             raise ValueError(f"score_windows() needs the supports of one episode, got those of {episodes}.")
+        starts = starts.cpu()  # where what is shared by windows is found, too
         if len(starts) == 0 or int(starts.min()) < 0 or int(starts.max()) + num_frames > len(maps):
             raise ValueError(
                 f"starts must be between 0 and {len(maps) - num_frames}, as there are {len(maps)} frames and a window "
                 f"has {num_frames}; got {starts.tolist()}."
             )
-        index = starts[:, None] + torch.arange(num_frames, device=starts.device)
+        index = starts[:, None] + torch.arange(num_frames)
         if self.self_attention is not None:
             maps = self.self_attention.over_windows(maps, index)
         else:
-            maps = patches(channels_last(maps[None]))[index].transpose(2, 3).unflatten(3, maps.shape[-2:])
+            maps = (
+                patches(channels_last(maps[None]))[index.to(maps.device)].transpose(2, 3).unflatten(3, maps.shape[-2:])
+            )
         if self.mixer is not None:
             maps = self._mix(maps, may_fold=not self.training)
         query, _ = self._describe(maps if isinstance(maps, MixedMaps) else maps[None], support)
@@ -483,9 +488,9 @@ class DmgalModel(DmgalPreTrainedModel):
         """
         Scores every support as a query of its episode without it; in eval mode only, as there is no dropout.
 
-        What is kept of the supports is enough where the backbone encodes queries as it does supports: motion and
-        values of a query are those of the support, and it reads the others'. Only with Cmga-Adapters the videos are
-        needed, and encoded once more.
+        What is kept of the supports is enough where the backbone encodes queries as it does supports: descriptors and
+        motion of a query are those of the support. Only with Cmga-Adapters the videos are needed, and encoded once
+        more.
 
         Args:
             support ([`DmgalSupport`]): kept supports of B episodes, at least two of every class.
@@ -504,17 +509,15 @@ class DmgalModel(DmgalPreTrainedModel):
                 "leave_one_out() needs support_pixel_values for a model with Cmga-Adapters: it encodes queries "
                 "otherwise than supports."
             )
-        features, logits = support.features, []
-        if self.cross_attention is not None:
-            features = features + self.cross_attention.gamma_cross * _read_others(support)
-        for video in range(features.shape[1]):
-            others = [other for other in range(features.shape[1]) if other != video]
-            if self.has_cross_adapters:
-                query = support_pixel_values[:, video : video + 1]
-                logits.append(self(query_pixel_values=query, support=support.select(others)).logits)
-            else:
-                kept = support.features[:, others], support.labels[:, others]
-                logits.append(self._match(features[:, video : video + 1], *kept, support.way))
+        if self.has_cross_adapters:
+            clips = self.encode_clips(support_pixel_values.flatten(0, 1))
+            clips = {name: clip.unflatten(0, support.labels.shape) for name, clip in clips.items()}
+        else:
+            clips = support.clips()
+        num_support, logits = support.labels.shape[1], []
+        for video in range(num_support):
+            others = support.select([other for other in range(num_support) if other != video])
+            logits.append(self._score(others, {name: clip[:, video : video + 1] for name, clip in clips.items()}))
         return torch.cat(logits, 1)
 
     def embed_class_names(self, labels: Sequence[str], descriptions: Mapping[str, str] | None = None) -> torch.Tensor:
@@ -571,19 +574,6 @@ class DmgalModel(DmgalPreTrainedModel):
                 f"{of}this model has no text head: build it with DmgalModel.from_backbone(..., text_guidance=True) on "
                 "a model of two towers (CLIP, SigLIP, SigLIP2, MetaCLIP 2)."
             )
-
-
-def _read_others(support: DmgalSupport) -> torch.Tensor:
-    """What the supports, as queries of C-MGA, read of each other: (B, S, T, C), the mean over their patches."""
-    motion, values = support.states["cross.motion"], support.states["cross.values"]
-    num_support, read = support.features.shape[1], []
-    for video, own in enumerate(motion.chunk(num_support, -2)):
-        scores = own / math.sqrt(motion.shape[-1]) @ motion.transpose(-1, -2)  # (directions, B, T, P, S·P)
-        scores = scores.unflatten(-1, (num_support, -1))
-        scores[..., video, :] = -math.inf
-        attention = scores.flatten(-2).softmax(-1).mean(0).mean(2, keepdim=True)  # (B, T, 1, S·P)
-        read.append((attention @ values).transpose(1, 2))
-    return torch.cat(read, 1)
 
 
 def _cross_keys(support: DmgalSupport) -> CrossMotionKeys:

@@ -244,7 +244,8 @@ class SelfMotionAttention(nn.Module):
 
         Args:
             frames (`torch.Tensor` of shape `(F, C, H, W)`): feature maps of the long video.
-            index (`torch.LongTensor` of shape `(V, T)`): numbers of the frames of each window, one after the other.
+            index (`torch.LongTensor` of shape `(V, T)`): numbers of the frames of each window, one after the other;
+                on the CPU, or else the device is waited for.
 
         Returns:
             `torch.Tensor` of shape `(V, T, C, H, W)`.
@@ -259,7 +260,9 @@ class SelfMotionAttention(nn.Module):
         # A frame and those whose attention it takes, forward and backward: once for all windows that agree in them.
         distinct, number = torch.stack(sources).flatten(1).unique(dim=1, return_inverse=True)
         frame, sources = distinct[0], distinct[1:]
-        attention = attention.flatten(0, 1)[sources + len(frames) * torch.arange(len(sources)).to(index)[:, None]]
+        sources = sources + len(frames) * torch.arange(len(sources), device=index.device)[:, None]
+        frame, sources, number = (one.to(frames.device) for one in (frame, sources, number))
+        attention = attention.flatten(0, 1)[sources]
         frames = frames.contiguous(memory_format=torch.channels_last)
         rows, values = patches(frames), patches(self.value(frames))
         maps = self._gather(rows.index_select(0, frame), attention.mean(0), values.index_select(0, frame))

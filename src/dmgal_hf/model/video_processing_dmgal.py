@@ -114,6 +114,14 @@ class EpisodeFeature(BatchFeature):
         super().__init__(data, tensor_type=tensor_type)
         self.label_names = list(label_names)
 
+    def to(self, *args, **kwargs) -> "EpisodeFeature":
+        """As of a `BatchFeature`. What goes to another device than the CPU gets an entry `way`, the number of classes:
+        the model then need not read it from the labels there."""
+        super().to(*args, **kwargs)
+        if self.data["support_labels"].device.type != "cpu":
+            self.data["way"] = len(self.label_names)
+        return self
+
     def __getstate__(self):
         return {"data": self.data, "label_names": self.label_names}
 
