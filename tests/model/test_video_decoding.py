@@ -945,6 +945,8 @@ def test_a_checksum_that_differs_is_met_by_who_reads_there(tmp_path):
     for _ in range(2):
         with pytest.raises(VideoDecodeError, match=r"a\.mkv: damaged near 0\.40 s: .*CRC mismatch"):
             read_frames_at(path, [3, 10])
+        with pytest.raises(VideoDecodeError, match="CRC mismatch"):
+            probe_video(path)
     np.testing.assert_array_equal(as_images(read_frames_at(path, [3, 20])), reference[[3, 20]])
     with ThreadPoolExecutor(4) as pool:
         tried = [pool.submit(read_frames_at, path, [10]) for _ in range(8)]

@@ -94,12 +94,11 @@ class ZippedFrames(FrameFiles):
     """A clip kept as one image file a frame, in a zip archive of its own: `media` is its path, bytes or file."""
 
     def __init__(self, source: str, media: str | bytes | BinaryIO):
-        self.open = functools.partial(zipfile.ZipFile, io.BytesIO(media) if isinstance(media, bytes) else media)
-        with self.open() as archive:
-            super().__init__(source, media, frame_names(source, archive.namelist()))
+        archive = zipfile.ZipFile(io.BytesIO(media) if isinstance(media, bytes) else media)
+        super().__init__(source, archive, frame_names(source, archive.namelist()))
 
     def _files(self, indices: list[int]) -> Iterator[tuple[int, io.BytesIO]]:
-        with self.open() as archive:
+        with self.media as archive:
             for index in indices:
                 member = archive.getinfo(self.names[index])
                 LIMITS.check(f"{self.source}/{member.filename}", "unpacked_bytes", member.file_size)

@@ -7,12 +7,15 @@ from typing import BinaryIO
 
 from .reading_limits import VideoDecodeError
 
-_STILLS = {
-    "PNG": rb"\x89PNG\r\n\x1a\n(?!.{,4000}acTL)",  # animated ones have a mark before their pictures
-    "WebP": rb"RIFF....WEBP(?!.{,4000}ANIM)",
-    "BMP": rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0",
-    "TIFF": rb"II\*\0|MM\0\*",
-}
+_STILLS = re.compile(
+    rb"(?P<PNG>\x89PNG\r\n\x1a\n(?!.{,4000}acTL))"  # animated ones have a mark before their pictures
+    rb"|(?P<WebP>RIFF....WEBP(?!.{,4000}ANIM))"
+    rb"|(?P<BMP>BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0)"
+    rb"|(?P<TIFF>II\*\0|MM\0\*)"
+    rb"|(?P<HEIF>....ftyp(?:hei[cxms]|mif1))|(?P<AVIF>....ftypavif)"  # sequences have other brands
+    rb"|(?P<JPEG>\xff\xd8\xff)",
+    re.DOTALL,
+)
 _REMEDY = "Give a video; for a clip of one frame a list, [picture], or a folder that holds the picture."
 
 
@@ -26,20 +29,18 @@ def video_behind_picture(source: str, file: BinaryIO) -> bytes | None:
     """
     file.seek(0)
     head = file.read(4096)
-    for kind, beginning in _STILLS.items():
-        if re.match(beginning, head, re.DOTALL):
-            raise VideoDecodeError(source, f"a single picture ({kind}), no video", _REMEDY)
-    if head[:3] != b"\xff\xd8\xff":
+    still = _STILLS.match(head)
+    if still is None:
         return None
-    end, many = _end_of_jpeg(file)
+    end, many = _end_of_jpeg(file) if still["JPEG"] else (len(still[0]), True)
     file.seek(end)
     behind = file.read(2)
     if behind == b"\xff\xd8" and not many:  # a stream of JPEGs
         return None
     behind += file.read()
-    found = re.search(rb"\0\0\0[\x10-\x40]ftyp[ -~]{4}", behind, re.DOTALL)
+    found = re.search(rb"\0\0\0[\x10-\x40]ftyp[ -~]{4}", behind)
     if found is None:
-        raise VideoDecodeError(source, "a single picture (JPEG), no video", _REMEDY)
+        raise VideoDecodeError(source, f"a single picture ({still.lastgroup}), no video", _REMEDY)
     return behind[found.start() :]
 
 

@@ -94,7 +94,10 @@ def read_frames_at(video: Any, indices: list[int]) -> torch.Tensor:
 
 
 def probe_video(video: Any) -> VideoInfo:
-    """Count and measure `video` (see `read_frames`), decoding its first frame only where packets can be trusted."""
+    """
+    Count and measure `video` (see `read_frames`), decoding its first frame only where packets can be trusted. Raises
+    VideoDecodeError as `read_frames`, for damage in any frame that is decoded.
+    """
     with one_error(name_of(video)):
         return _open(video).probe()
 

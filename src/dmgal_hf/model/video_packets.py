@@ -136,8 +136,11 @@ class _UnitFacts:
             self.width = (extradata[length_at] & 3) + 1
 
     def __call__(self, packet: av.Packet) -> int:
-        picture, found = PICTURE | SHOWN * (not packet.is_discard), 0
-        for header in self._headers(memoryview(packet)):
+        picture, found, data = PICTURE | SHOWN * (not packet.is_discard), 0, memoryview(packet)
+        begins = 0 < self.width < len(data) and data[self.width] >> self.shift & self.mask in self.slices
+        if begins and not packet.is_keyframe:  # nearly every packet
+            return picture
+        for header in self._headers(data):
             unit = header >> self.shift & self.mask
             if unit in self.slices and packet.is_keyframe and unit not in self.keys:
                 found = picture

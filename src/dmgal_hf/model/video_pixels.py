@@ -1,5 +1,6 @@
 """From decoded frames to RGB as they are shown: colours, transparency, rotation, and one size a clip."""
 
+import functools
 import re
 import struct
 from fractions import Fraction
@@ -49,7 +50,7 @@ def upright_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarr
 
 def _to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     """(H, W, 3) uint8 in stored orientation; transparent parts come out black."""
-    alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    alpha = _has_alpha(frame.format.name)
     converted = reformatter.reformat(frame, format="rgba" if alpha else "rgb24", threads=1)
     plane = converted.planes[0]
     pixels = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
@@ -57,6 +58,12 @@ def _to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
         return pixels[:, : plane.width * 3].reshape(plane.height, plane.width, 3)
     pixels = pixels[:, : plane.width * 4].reshape(plane.height, plane.width, 4).astype(np.uint16)
     return ((pixels[..., :3] * pixels[..., 3:] + 127) // 255).astype(np.uint8)
+
+
+@functools.cache
+def _has_alpha(format: str) -> bool:
+    format = av.VideoFormat(format)
+    return format.has_palette or any(component.is_alpha for component in format.components)
 
 
 def orientation_of(frame: av.VideoFrame) -> tuple[bool, bool, bool]:

@@ -55,10 +55,14 @@ class VideoStream:
         return frames.stack()
 
     def _put(self, frames: WantedFrames, index: int, frame: av.VideoFrame, doubt: str | None) -> None:
-        if doubt is not None and index in frames.missing:
-            raise VideoDecodeError(self.source, f"damaged near {_seconds(frame)}: {doubt}")
+        if index in frames.missing:
+            self._check_sound(frame, doubt)
         LIMITS.check(self.source, "pixels", frame.width * frame.height)
         frames.put(index, frame)
+
+    def _check_sound(self, frame: av.VideoFrame, doubt: str | None) -> None:
+        if doubt is not None:
+            raise VideoDecodeError(self.source, f"damaged near {_seconds(frame)}: {doubt}")
 
     def probe(self) -> VideoInfo:
         with (
@@ -66,9 +70,13 @@ class VideoStream:
             self._indexed() as (stream, index),
             closing(self._decode_all()) as decoded,
         ):
-            first, _ = next(decoded)
+            first, doubt = next(decoded)
+            self._check_sound(first, doubt)
             plan = None if _has_fields(stream.codec_context, first) else plan_decoding(stream.codec_context, index)
-            num_frames = len(plan.shown) if plan else 1 + sum(1 for _ in decoded)
+            num_frames = len(plan.shown) if plan else 1
+            for frame, doubt in decoded if plan is None else ():
+                self._check_sound(frame, doubt)
+                num_frames += 1
             fps = float(stream.average_rate) if stream.average_rate else None
             duration = float(stream.duration * stream.time_base) if stream.duration else None
             if duration is None and stream.container.duration:
@@ -118,8 +126,8 @@ class VideoStream:
                 context.skip_frame = "DEFAULT" if whole else "NONREF"
             last = position + 1 == run.end
             for part in (packet, None) if last else (packet,):
-                decoded, said = decode_packet(context, part, self.errors)
-                if said is not None or not _put_planned(context, decoded, run.first, wanted, frames):
+                # the frames get no name: kept until the next are there, they would take more of the processor's cache
+                if not _put_planned(context, *decode_packet(context, part, self.errors), run.first, wanted, frames):
                     return False
             if last:
                 run = next(runs, None)
@@ -197,10 +205,13 @@ def decode_packet(
 def _put_planned(
     context: av.VideoCodecContext,
     decoded: list[av.VideoFrame],
+    said: str | None,
     first: int,
     wanted: dict[int, int],
     frames: WantedFrames,
 ) -> bool:
+    if said is not None:
+        return False
     for frame in decoded:
         if frame.pts is None or _has_fields(context, frame):
             return False
@@ -219,4 +230,4 @@ def _seconds(frame: av.VideoFrame) -> str:
 
 def _has_fields(context: av.VideoCodecContext, frame: av.VideoFrame) -> bool:
     """Whether a frame may have come as two packets, one a field."""
-    return context.name in ("h264", "hevc") and frame.interlaced_frame
+    return frame.interlaced_frame and context.name in ("h264", "hevc")

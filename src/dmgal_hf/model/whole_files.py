@@ -8,7 +8,11 @@ from typing import BinaryIO
 
 from .reading_limits import LIMITS, VideoDecodeError
 
-_PLAY_LISTS = {"HLS": rb"#EXTM3U", "concat": rb"ffconcat", "DASH": rb"(<\?xml.{,1000})?<MPD\b", "SDP": rb"v=0\r?\n"}
+_PLAY_LISTS = re.compile(
+    rb"\s*(?:\xef\xbb\xbf)?\s*"
+    rb"(?:(?P<HLS>#EXTM3U)|(?P<concat>ffconcat)|(?P<DASH>(?:<\?xml.{,1000})?<MPD\b)|(?P<SDP>v=0\r?\n))",
+    re.DOTALL,
+)
 _BOXES = set(b"LIST RIFF JUNK idx1 ftyp styp moov moof mdat mfra free skip wide uuid udta meta sidx pdin".split())
 _TABLES_IN = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"}  # MP4 boxes that hold boxes
 _ASF_HEADER, _ASF_DATA = (bytes.fromhex(id) for id in ("3026b2758e66cf11a6d900aa0062ce6c",
@@ -27,10 +31,9 @@ def check_whole(source: str, file: BinaryIO) -> None:
         raise VideoDecodeError(source, "the file is empty")
     file.seek(0)
     head = file.read(1100)
-    for kind, beginning in _PLAY_LISTS.items():
-        if re.match(rb"\s*(\xef\xbb\xbf)?\s*" + beginning, head, re.DOTALL):
-            problem = f"a play list ({kind}), which names other files or addresses; none of them was opened"
-            raise VideoDecodeError(source, problem, "Give the video itself.")
+    if found := _PLAY_LISTS.match(head):
+        problem = f"a play list ({found.lastgroup}), which names other files or addresses; none of them was opened"
+        raise VideoDecodeError(source, problem, "Give the video itself.")
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         ends = _chunk_ends(file, size, "<4sI", 12)
     elif head[4:8] in _BOXES:
