@@ -84,7 +84,7 @@ def test_to_the_process_group_while_the_training_waits_for_its_readers(config, t
 @pytest.mark.slow
 def test_to_the_launcher_alone_while_a_state_is_saved(config, tmp_path):
     out = tmp_path / "run"
-    path = config(**LONG | {"checkpoint_every": 10}, num_workers=1)
+    path = config(**LONG | {"checkpoint_every": 2}, num_workers=1)
     with started(command(path), tmp_path) as process:
         wait_for("checkpoints/.episode-*/model.safetensors", out, process)
         family = family_of(process)
