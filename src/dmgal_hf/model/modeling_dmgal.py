@@ -476,9 +476,8 @@ class DmgalModel(DmgalPreTrainedModel):
         if self.self_attention is not None:
             maps = self.self_attention.over_windows(maps, index)
         else:
-            maps = (
-                patches(channels_last(maps[None]))[index.to(maps.device)].transpose(2, 3).unflatten(3, maps.shape[-2:])
-            )
+            of_windows = patches(channels_last(maps[None]))[index.to(maps.device)]
+            maps = of_windows.transpose(2, 3).unflatten(3, maps.shape[-2:])
         if self.mixer is not None:
             maps = self._mix(maps, may_fold=not self.training)
         query, _ = self._describe(maps if isinstance(maps, MixedMaps) else maps[None], support)
@@ -509,15 +508,13 @@ class DmgalModel(DmgalPreTrainedModel):
                 "leave_one_out() needs support_pixel_values for a model with Cmga-Adapters: it encodes queries "
                 "otherwise than supports."
             )
-        if self.has_cross_adapters:
-            clips = self.encode_clips(support_pixel_values.flatten(0, 1))
-            clips = {name: clip.unflatten(0, support.labels.shape) for name, clip in clips.items()}
-        else:
-            clips = support.clips()
-        num_support, logits = support.labels.shape[1], []
+        num_support, clips, logits = support.labels.shape[1], support.clips(), []
         for video in range(num_support):
+            own = {name: clip[:, video] for name, clip in clips.items()}
+            if self.has_cross_adapters:
+                own = self.encode_clips(support_pixel_values[:, video])
             others = support.select([other for other in range(num_support) if other != video])
-            logits.append(self._score(others, {name: clip[:, video : video + 1] for name, clip in clips.items()}))
+            logits.append(self._score(others, {name: clip[:, None] for name, clip in own.items()}))
         return torch.cat(logits, 1)
 
     def embed_class_names(self, labels: Sequence[str], descriptions: Mapping[str, str] | None = None) -> torch.Tensor:

@@ -18,8 +18,9 @@ from .configuration_dmgal import DmgalConfig
 # Attention scores that C-MGA holds at a time; more queries than that take turns. 2**23 float32 numbers are 32 MiB.
 # A GPU holds four times as many: a training step of 25 supports and 20 queries then computes nothing again.
 SCORES_AT_A_TIME = 2**23
-# Where a CPU keeps none of them for gradients, as many as its caches hold: softmax and mean then find them there.
-SCORES_IN_CACHE = 2**17
+# Where a CPU keeps none of them for gradients, as many for each thread as its cache holds: softmax and mean then find
+# them there. (Fewer would have the threads wait for each other more often.)
+SCORES_IN_CACHE = 2**18
 
 
 def channels_last(maps: torch.Tensor) -> torch.Tensor:
@@ -468,7 +469,7 @@ class CrossMotionAttention(nn.Module):
             at_a_time = SCORES_AT_A_TIME * (1 if motion.device.type == "cpu" else 4)
             frames, queries = num_frames, max(at_a_time // (scores * num_frames), 1)
         else:
-            queries = max(SCORES_IN_CACHE // scores, 1)
+            queries = max(SCORES_IN_CACHE * torch.get_num_threads() // scores, 1)
             frames = max(queries // num_queries, 1)
         again = torch.is_grad_enabled() and queries < num_queries
         means = [
