@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +168,8 @@ def compare_accuracies(arguments, paradigm, videos, protocol, output: torch.Tens
 
 
 def prepare_second_half(arguments: BenchmarkArguments, paradigm: str, episodes: int) -> Run:
-    """The episodes alone: clips are kept."""
-    protocol = split_protocol(arguments)
+    """The episodes alone, 1-shot: clips are kept."""
+    protocol = replace(split_protocol(arguments), shot=1)
     (model, processor), videos = make_model(arguments, paradigm), make_split(arguments, protocol)
     accelerator = make_accelerator(arguments)
     kept = encode_clips(model, processor, videos, num_workers=workers(arguments))
@@ -231,12 +231,14 @@ def evaluate_groups(arguments: BenchmarkArguments) -> tuple[list[Group | Count],
             ]
             compare = functools.partial(compare_accuracies, *prepared)
             groups.append(Group(f"{name}: {what}", contenders, memory=False, compare=compare))
-        counts = (protocol.episodes // 4, protocol.episodes)
+        counts = (protocol.episodes // 4, protocol.episodes * 5 // 2)
         contenders = [
             Contender(f"{count:,} episodes", functools.partial(prepare_second_half, arguments, paradigm, count))
             for count in counts
         ]
-        groups.append(Group(f"{name}: the episodes alone, on kept clips", contenders, most_repeats=1))
+        groups.append(
+            Group(f"{name}: the episodes alone, {protocol.way}-way 1-shot, on kept clips", contenders, most_repeats=1)
+        )
     counts = {OURS: functools.partial(backbone_flops, arguments, True),
               PLAIN: functools.partial(backbone_flops, arguments, False)}  # fmt: skip
     groups.append(Count(f"backbone, adapters in CLIP ViT-B/16: {title}", counts))
