@@ -334,6 +334,19 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
+@pytest.mark.parametrize("train_first", [False, True])
+def test_blocks_of_a_frozen_backbone_are_checkpointed_whenever_it_is_asked_for(train_first):
+    model = make_model(BACKBONES["clip"], paradigm="adapter", adapter_config={})
+    support, labels, query = make_episodes()
+    steps = [model.gradient_checkpointing_enable, model.train]
+    for step in reversed(steps) if train_first else steps:
+        step()
+    runs, last = [], model.backbone.encoder.layers[-1].base_layer
+    last.self_attn.register_forward_pre_hook(lambda *_: runs.append(last.self_attn.training))
+    model(support, labels, query, labels=labels[:, :2]).loss.backward()
+    assert runs == [False, False]  # computed again for the gradient, without the dropout of training
+
+
 class TestBadInput:
     model = make_model()
     support, labels, query = make_episodes()

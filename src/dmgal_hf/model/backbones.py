@@ -10,6 +10,7 @@ from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, MetaClip2VisionModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_mga import MgaConfig, read_adapter_config
 from .modeling_mga import MgaModel
@@ -150,5 +151,5 @@ def train_adapters(backbone: nn.Module):
             for name, child in module.named_children():
                 if name != "base_layer":
                     child.train()
-        elif getattr(module, "gradient_checkpointing", False):
-            module.training = True  # the block itself only looks here whether to checkpoint
+        elif isinstance(module, GradientCheckpointingLayer) or getattr(module, "gradient_checkpointing", False):
+            module.training = True  # the block itself only looks here whether to checkpoint, now or once asked to
