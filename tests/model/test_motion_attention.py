@@ -267,6 +267,18 @@ def test_queries_that_take_turns_get_the_same_descriptors_and_gradients(monkeypa
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("at_a_time", [1, 2, 5, 10, 1000])  # queries in one frame: parts of one, or several frames
+def test_without_gradients_frames_take_turns_with_the_same_descriptors(monkeypatch, at_a_time):
+    module = random_module(CrossMotionAttention(make_config(motion_reduction=4), 16)).eval()
+    support, query = torch.randn(2, 3, 4, 16, 4, 5), torch.randn(2, 5, 4, 16, 4, 5)
+    keys = module.encode_support(support)[1]
+    expected = module.attend(query, keys)[0].mean((-1, -2))
+    one = 2 * 20 * 60  # directions, patches, patches of the supports
+    monkeypatch.setattr("dmgal_hf.model.motion_attention.SCORES_IN_CACHE", at_a_time * one // torch.get_num_threads())
+    torch.testing.assert_close(module.describe(query, keys)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_cross_attention_follows_the_support_it_is_told_of():
     """The attention's support axis is in the order of the supports, and episodes do not see each other."""
     module = random_module(CrossMotionAttention(make_config(motion_reduction=4), 16)).eval()

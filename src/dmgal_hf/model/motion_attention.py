@@ -459,6 +459,7 @@ class CrossMotionAttention(nn.Module):
         return descriptors + self.gamma_cross * cross.transpose(1, 2), maps
 
     def _mean_attention_in_turns(self, motion: torch.Tensor, key_motion: torch.Tensor, num_keys: int) -> torch.Tensor:
+        """[`_mean_attention`] of some queries, or of some frames of all queries, after the other."""
         if torch.compiler.is_exporting():  # a program for any number of queries has no fixed number of turns
             return self._mean_attention(motion, key_motion, num_keys, again=False)
         batch = motion.shape[1:3]
