@@ -16,6 +16,7 @@ import psutil
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants
+from huggingface_hub.utils.sha import sha_fileobj
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -480,11 +481,8 @@ def _digests(videos: list[Any]) -> list[str]:
 
 def file_digest(path: str | os.PathLike) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def video_digest(video: Any) -> str:

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..data.kept_clips import file_digest
+from huggingface_hub.utils.sha import sha_fileobj
+
 from ..model.video_processing_dmgal import _list_videos, undecoded_column
 
 if TYPE_CHECKING:
@@ -77,6 +78,11 @@ def _digest(video: Any) -> str | None:
             return file_digest(path)
         return hashlib.sha256((os.path.realpath(path) if os.path.exists(path) else path).encode()).hexdigest()
     return hashlib.sha256(video).hexdigest() if isinstance(video, (bytes, bytearray, memoryview)) else None
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return sha_fileobj(file).hex()
 
 
 def warn_of_repeats(classes: Mapping[str, Mapping[str, Any]], digests: Mapping[str, str | None], seen: dict[str, str]):

@@ -15,11 +15,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
-from ..data.kept_clips import file_digest
 from ..model.configuration_dmgal import DmgalConfig, check_text_weight
 from ..model.kept_supports import DmgalSupport
 from ..model.video_processing_dmgal import DmgalVideoProcessor
 from .classifier_models import UNNAMED_MODEL, fields_of_untrained, kept_model_id, model_revision
+from .example_clips import file_digest
 from .fitted_support import FittedSupport
 
 SUPPORT_FILE, ABOUT_FILE = "support.safetensors", "support.json"
