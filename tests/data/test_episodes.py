@@ -170,6 +170,7 @@ def test_labels_of_any_kind_give_the_same_episodes(convert):
     check_episodes(sample_episodes(LABELS, num_episodes=3), convert(LABELS))
 
 
+@pytest.mark.slow
 def test_workers_and_pickles_draw_the_same_episodes_in_any_order():
     source = EpisodeSource(LABELS, way=3, shot=2, query=1, seed=4)
     order = [5, 0, 10**9, 3, 2, 7]

@@ -19,6 +19,8 @@ from dmgal_hf.data import (
 from dmgal_hf.data.batched_transforms import as_numbers, augment_clips
 from dmgal_hf.data.transforms import ClipAugmentation
 
+pytestmark = pytest.mark.slow  # the fixtures that all share take seconds
+
 ON_GPU = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
 )

@@ -18,6 +18,8 @@ from dmgal_hf.data.frame_memory import FrameMemory, keep_frames
 from dmgal_hf.model.video_decoding import VideoDecodeError, read_frames
 from dmgal_hf.model.video_processing_dmgal import resize_short_side
 
+pytestmark = pytest.mark.slow  # the fixtures that all share take seconds
+
 PROCESSOR = DmgalVideoProcessor(num_frames=5, size=64, crop_size=56)  # of clips of 112 x 112
 AUGMENTATIONS = ClipAugmentation.for_support(56, 64), ClipAugmentation.for_query(56, 64, horizontal_flip=True)
 LARGE = 1 << 40
@@ -71,7 +73,6 @@ def after_reading(video, seed):
     return generator.get_state()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("augmentations, raw", [(None, False), (AUGMENTATIONS, False), (AUGMENTATIONS, True)])
 def test_episodes_are_the_same_with_several_workers(videos, folder, augmentations, raw):
     (folder / "no.mp4").write_text("no video")

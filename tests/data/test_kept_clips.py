@@ -71,6 +71,7 @@ def evaluate_plainly(model, videos, episodes):
             ).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paradigm", ["ft", "adapter"])
 def test_wherever_clips_are_kept_the_logits_are_those_of_the_plain_way(videos, tmp_path, encoded, paradigm):
     model = make_model(paradigm)
@@ -97,6 +98,7 @@ def test_wherever_clips_are_kept_the_logits_are_those_of_the_plain_way(videos, t
             torch.testing.assert_close(found, logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_evaluation_encodes_what_the_list_names_once(videos, encoded, tmp_path):
     model = make_model()
     few = sample_episodes(videos["label"], 3, 1, 1, num_episodes=2, seed=2)
@@ -138,6 +140,7 @@ def test_kept_clips_that_do_not_fit_are_refused(videos, tmp_path):
         KeptClips.load(tmp_path / "other.safetensors")
 
 
+@pytest.mark.slow
 def test_a_folder_of_kept_clips_serves_the_next_call_and_nothing_stale(videos, tmp_path, encoded):
     model, folder = make_model(), tmp_path / "kept"
     paths = [video["path"] for video in videos["video"]]

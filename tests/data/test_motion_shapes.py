@@ -14,6 +14,8 @@ from huggingface_hub import constants
 from dmgal_hf.data import clip_looks, motion_shapes
 from dmgal_hf.data.motion_shapes import FRAMES, MOTIONS, PRESETS, SHAPES, SIZE, load_motion_shapes, render_clip
 
+pytestmark = pytest.mark.slow  # the fixtures that all share take seconds
+
 SEGMENT_CENTRES = np.arange(3, FRAMES, 6)  # the 8 frames a model sees
 
 
@@ -122,7 +124,6 @@ def test_presets_and_seeds_give_other_clips_of_the_same_classes():
     assert render_clip("circle_cw", "plain", 1, 1).tobytes() == clips["plain", 1, 1]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="forks, and sends POSIX signals")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_generation_leaves_whole_clips_and_resumes(made, tmp_path, start_program, how):
@@ -151,7 +152,6 @@ def test_interrupted_generation_leaves_whole_clips_and_resumes(made, tmp_path, s
     assert {path: after[path] for path in left} == {path: before[path] for path in left}
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_two_programs_fill_one_folder_at_once(made, tmp_path, start_program):
     programs = [start_program(clips_per_class=2, cache_dir=tmp_path, num_proc=n) for n in (1, 2)]
@@ -161,7 +161,6 @@ def test_two_programs_fill_one_folder_at_once(made, tmp_path, start_program):
     assert contents(tmp_path) == contents(made[0])
 
 
-@pytest.mark.slow
 def test_spawned_processes_make_the_same_clips(made, tmp_path):
     usual = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
@@ -289,7 +288,6 @@ def ridge_accuracy(features, labels, held_out):
     return ((x[held_out] @ weights).argmax(1) == labels[held_out]).mean()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_single_frames_say_nothing_while_motion_tells_the_novel_classes(preset):
     names, clips = [name for name, motion in MOTIONS.items() if motion.split == "test"], 32
@@ -331,7 +329,6 @@ def largest_gap(values, others):
     return np.abs(shares[0] - shares[1]).max()
 
 
-@pytest.mark.slow
 def test_where_and_how_large_an_object_is_does_not_depend_on_the_class():
     """At a random moment: uniform position and angle, and one distribution of sizes, in every class."""
     clips, camera = 1000, np.zeros((2, FRAMES))

@@ -107,6 +107,7 @@ def shards(output):
     return {path.name: path.stat().st_mtime_ns for path in (output / "shards").iterdir()}
 
 
+@pytest.mark.slow
 def test_index_tells_what_the_files_are(root, prepared):
     original, index = load_video_folder(root), load_from_disk(str(prepared["none"] / "index"))
     assert list(index) == list(original) == ["train", "validation", "test"]
@@ -125,6 +126,7 @@ def test_index_tells_what_the_files_are(root, prepared):
     assert stored < min(Path(row["path"]).stat().st_size for row in index["train"]) * len(original["train"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", ["none", "raw", "jpeg"])
 def test_prepared_dataset_is_the_original_to_all_who_draw_from_it(root, prepared, frames):
     original, dataset = load_video_folder(root), load_prepared(prepared[frames], resize=SHORT_SIDE)
@@ -149,6 +151,7 @@ def test_raw_cache_holds_every_frame_resized(root, prepared):
             assert torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames, difference", [("raw", 0), ("jpeg", 32)])
 @pytest.mark.parametrize("training", [False, True])
 def test_episodes_from_the_cache_are_those_from_the_files(root, prepared, frames, difference, training):
@@ -190,6 +193,7 @@ def test_a_shard_is_a_dataset_of_images(prepared):
         assert shard[0]["frames"][0]["bytes"].startswith(b"\xff\xd8")
 
 
+@pytest.mark.slow
 def test_max_frames_keeps_an_even_choice(root, tmp_path):
     prepare(root, tmp_path / "out", frames="raw", max_frames=6, resample=3)
     dataset, original = load_prepared(tmp_path / "out")["train"], load_video_folder(root)["train"]
@@ -200,6 +204,7 @@ def test_max_frames_keeps_an_even_choice(root, tmp_path):
         assert probe_video(dataset[row]["video"]).num_frames == 6
 
 
+@pytest.mark.slow
 def test_moved_folder_still_loads(root, prepared, tmp_path):
     prepare(root, tmp_path / "here", frames="jpeg")
     (tmp_path / "here").rename(tmp_path / "there")
@@ -222,6 +227,7 @@ def break_clips(root):
     return [str(path) for path in (text, cut, hole)]
 
 
+@pytest.mark.slow
 def test_broken_videos_are_reported_and_left_out(tmp_path, caplog):
     root, output = make_videos(tmp_path / "videos", clips=5, num_frames=6), tmp_path / "out"
     broken = break_clips(root)
@@ -258,6 +264,7 @@ def test_split_without_a_readable_video(tmp_path):
         load_prepared(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_only_new_and_changed_videos_are_read(tmp_path):
     root, output = make_videos(tmp_path / "videos", clips=2, num_frames=6), tmp_path / "out"
     assert prepare(root, output, frames="raw")["read_now"] == 12
@@ -299,6 +306,7 @@ def test_folder_of_frames_is_a_video(tmp_path):
     assert prepare(tmp_path / "videos", tmp_path / "out", frames="raw")["read_now"] == 1
 
 
+@pytest.mark.slow
 def test_archive_of_frames_is_prepared_and_added_to(tmp_path):
     clips = {}
     for split, name in (("train", "bend"), ("test", "kick")):
@@ -381,6 +389,7 @@ def test_killed_run_goes_on_where_it_stopped(tmp_path):
             assert torch.equal(read_frames(one["video"], 3), read_frames(other["video"], 3))
 
 
+@pytest.mark.slow
 def test_script_and_the_one_field_of_training(root, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     command = [SCRIPT, "--dataset", "folder", "--videos", root, "--output", output, "--num_proc", 1]
@@ -463,6 +472,7 @@ def test_full_disk_names_the_file_and_keeps_what_is_finished(tmp_path):
     assert (report["read_now"], report["kept"]) == (2, 6)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(root, tmp_path):
     prepare(root, tmp_path / "out")
     lock = tmp_path / "out" / ".lock"
@@ -470,6 +480,7 @@ def test_two_runs_at_once(root, tmp_path):
         prepare(root, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_lost_and_damaged_shards(root, tmp_path):
     output = tmp_path / "out"
     prepare(root, output, frames="jpeg")

@@ -22,6 +22,8 @@ from dmgal_hf.data.puppets import (
     render_clip,
 )
 
+pytestmark = pytest.mark.slow  # the fixtures that all share take seconds
+
 SEGMENT_CENTRES = np.arange(3, FRAMES, 6)  # the 8 frames a model sees
 SIZE_OF_BODY = {"trunk": 0.46, "shoulders": 0.19, "hips": 0.1, "arm": 0.28, "forearm": 0.25, "thigh": 0.4, "shin": 0.4}
 
@@ -125,7 +127,6 @@ def probe_accuracy(features, labels, held_out):
     return ((x[held_out] @ weights).argmax(1) == labels[held_out]).mean()
 
 
-@pytest.mark.slow
 def test_only_the_order_of_the_frames_tells_the_variants_apart():
     """
     On true joint positions, seen by the camera: the same linear probe is near chance on single frames and on sets of

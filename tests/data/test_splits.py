@@ -285,6 +285,7 @@ def test_a_changed_list_is_refused_by_its_sum(served, tmp_path):
     assert not (tmp_path / "cache" / "ssv2_OTAM" / "trainlist07.txt").exists()
 
 
+@pytest.mark.slow
 @needs_authors_lists
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_authors_lists_are_fetched_once_and_complete(served, tmp_path, monkeypatch, name):

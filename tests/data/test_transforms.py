@@ -222,6 +222,7 @@ def test_flip_is_off_unless_asked_for():
         ClipAugmentation.for_query(30, 30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, adjust", enumerate([adjust_brightness, adjust_contrast, adjust_saturation]))
 def test_jitter_spans_its_range(number, adjust):
     strengths = [0.0] * 4

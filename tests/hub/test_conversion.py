@@ -32,6 +32,7 @@ def test_whole_models_reproduce_the_authors_logits(tmp_path, arch):
     torch.testing.assert_close(output.logits[0], torch.tensor(golden["logits"]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_converted_model_round_trips_to_the_authors_tensors(tmp_path):
     state = official_state_dict("resnet18")
     back = convert.official_state_dict(convert.convert_official_checkpoint(save_official(tmp_path, state)))
@@ -45,6 +46,7 @@ def test_converted_model_round_trips_to_the_authors_tensors(tmp_path):
     torch.testing.assert_close(code[0, :, 1::2], 0.1 * torch.cos(angle), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_multi_gpu_and_bare_state_dicts_convert_too(tmp_path):
     state = official_state_dict("resnet18")
     parallel = {name.replace("resnet.", "resnet.module.", 1): tensor for name, tensor in state.items()}
@@ -54,6 +56,7 @@ def test_multi_gpu_and_bare_state_dicts_convert_too(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
+@pytest.mark.slow
 def test_missing_and_unknown_keys_are_named(tmp_path):
     state = official_state_dict("resnet18")
     del state["mlp_mix1.fc_d2.bias"]
@@ -62,6 +65,7 @@ def test_missing_and_unknown_keys_are_named(tmp_path):
         convert.convert_official_checkpoint(save_official(tmp_path, state))
 
 
+@pytest.mark.slow
 def test_foreign_files_are_refused(tmp_path):
     torch.save({"state": {"weight": torch.zeros(1)}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="no state dict"):
@@ -106,6 +110,7 @@ def test_a_resnet_that_theirs_would_compute_otherwise_does_not_go_back():
         convert.official_state_dict(model)
 
 
+@pytest.mark.slow
 def test_only_complete_models_go_back(tmp_path):
     model = DmgalModel(DmgalConfig(mixer=False))
     with pytest.raises(ValueError, match="mixer=False"):

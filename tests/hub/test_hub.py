@@ -48,6 +48,8 @@ from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArgu
 from dmgal_hf.training.starting import settle_arguments
 from dmgal_hf.training.training_run import build_model
 
+pytestmark = pytest.mark.slow  # the fixtures that all share take seconds
+
 LOGITS = json.loads((CHECKPOINT.parent / "checkpoint_v1_logits.json").read_text())
 SOURCE = {path.name for path in (ROOT / "src" / "dmgal_hf" / "model").glob("*.py")} - {"__init__.py"}
 # The same episode in any process, and in one that has torch and transformers alone.
@@ -210,7 +212,6 @@ def test_with_dmgal_hf_its_own_classes_load(pushed, client, repo_id):
     assert client(logits_of, repo_id) == logits_of(CHECKPOINT)
 
 
-@pytest.mark.slow
 def test_without_dmgal_hf_the_shipped_source_gives_the_same(pushed, client, home):
     environment = os.environ | {"HF_ENDPOINT": pushed.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     # Without the site module no .pth file is read, so that an editable install lies on no path.
@@ -230,7 +231,6 @@ def test_without_dmgal_hf_the_shipped_source_gives_the_same(pushed, client, home
     assert all(logits == logits_of(CHECKPOINT) for logits in report.values())
 
 
-@pytest.mark.slow
 def test_offline_with_a_warm_cache(pushed, client, home):
     expected = client(logits_of, "org/run")
     with client_process(pushed, home, HF_HUB_OFFLINE="1") as offline:
@@ -355,7 +355,6 @@ def load_adapters():
     return {name: [adapted(model) for model in models] for name, models in loaded.items()}
 
 
-@pytest.mark.slow
 def test_adapters_alone(hub, client, tmp_path):
     expected, loaded = client(push_adapters, tmp_path), client(load_adapters)
     for name, outputs in loaded.items():
@@ -553,7 +552,6 @@ def push_and_load_motion_shapes(repo_id, cache_dir):
     return same
 
 
-@pytest.mark.slow
 def test_motion_shapes_with_their_videos(hub, client, tmp_path):
     same = client(push_and_load_motion_shapes, "org/motion-shapes", tmp_path)
     assert len(same) == 36 and all(same)
@@ -568,7 +566,6 @@ def push_and_list_puppets(repo_id, cache_dir):
     return {split: len(videos) for split, videos in load_dataset(repo_id).items()}
 
 
-@pytest.mark.slow
 def test_puppets_come_with_a_card_of_their_own(hub, client, tmp_path):
     sizes = client(push_and_list_puppets, "org/puppets", tmp_path)
     card = DatasetCard(hub.files("org/puppets", "datasets")["README.md"].decode())

@@ -44,6 +44,7 @@ def classifier(checkpoint):
     return pipeline("few-shot-video-classification", model=checkpoint, device="cpu")
 
 
+@pytest.mark.slow
 def test_classify(classifier, clips):
     query = clips["circle"][2]
     rows = [*NAMES, "", "", ""], [*(clips[name][:2] for name in NAMES), None, None, []]

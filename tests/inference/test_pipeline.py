@@ -124,6 +124,7 @@ def count_frames(model):
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_checkpoint_to_scores(checkpoint, videos, classes, temperature):
     config = json.loads(Path(checkpoint, "config.json").read_text())
@@ -183,6 +184,7 @@ def test_saved_pipeline_loads_without_remote_code(tmp_path, videos, classes):
     assert again(videos[7]) == classifier(videos[7])
 
 
+@pytest.mark.slow
 def test_kinds_of_input(videos, classes):
     classifier = make_classifier().fit(classes)
     expected = [classifier(video) for video in videos[:5]]
@@ -203,6 +205,7 @@ def test_kinds_of_input(videos, classes):
             assert by_label(answer) == pytest.approx(by_label(alone), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_support_of_a_dataset(videos, classes):
     names = list(classes)
     rows = [(video, names.index(label)) for label, of_class in classes.items() for video in of_class]
@@ -230,6 +233,7 @@ def test_support_of_a_dataset(videos, classes):
     assert of_columns(videos[7]) == make_classifier().fit({"push": videos[:2], "lift": videos[5:7]})(videos[7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_add_and_remove_are_as_fitted_at_once_and_no_clip_is_encoded_twice(videos, classes, kind):
     classifier = make_classifier(kind)
@@ -245,6 +249,7 @@ def test_add_and_remove_are_as_fitted_at_once_and_no_clip_is_encoded_twice(video
     assert by_label(answer) == pytest.approx(dict(zip(classes, expected.tolist())), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_unknown_is_beyond_the_farthest_support(videos, classes, kind):
     classifier = make_classifier(kind)
@@ -292,6 +297,7 @@ def test_calibration_has_the_smallest_cross_entropy_of_clips_left_out():
     assert by_label(classifier(pictures[None, 1])) == pytest.approx(dict(zip("abc", expected.tolist())), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_kept_support_set(tmp_path, videos, classes, kind):
     classifier = make_classifier(kind).fit(classes, unknown="auto")
@@ -351,6 +357,7 @@ def test_kept_support_set_with_odd_labels_replaces_one_that_is_there(tmp_path, v
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ft", "adapter"])
 def test_kept_support_set_that_the_model_did_not_make(tmp_path, classes, kind):
     classifier = make_classifier(kind).fit(classes)
@@ -396,6 +403,7 @@ def test_kept_support_set_that_the_model_did_not_make(tmp_path, classes, kind):
             classifier.load(tmp_path / "kept")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_bfloat16_everything_works_and_answers_as_in_float32(tmp_path, videos, long_video, kind):
     classes = {"push": videos[:2], "pull": videos[2:4]}
@@ -428,6 +436,7 @@ def test_kept_support_set_brings_the_dtype_of_its_model(tmp_path, checkpoint, vi
     assert again.model.dtype == torch.bfloat16 and again(videos[7]) == classifier(videos[7])
 
 
+@pytest.mark.slow
 def test_kept_support_set_brings_its_model(tmp_path, checkpoint, videos, classes):
     classifier = pipeline(TASK, model=checkpoint, device="cpu").fit(classes)
     classifier.save(tmp_path / "kept")
@@ -602,6 +611,7 @@ def alike(answers, expected):
     return scores and [answer[:3] for answer in answers] == [answer[:3] for answer in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window, stride, batch_size", [(2.0, 0.5, None), (1.5, 0.4, 1), (0.8, 1.7, 2)])
 def test_stream_is_as_every_window_alone(long_video, classes, kind, window, stride, batch_size):
@@ -686,6 +696,7 @@ def test_a_stream_that_is_left_lets_go_of_file_and_thread(long_video, classes, f
     assert held() == (0, 0)
 
 
+@pytest.mark.slow
 def test_stream_sources(tmp_path, videos, long_video, classes):
     classifier = make_classifier().fit(classes, unknown=0.0)
     expected = list(classifier.stream(long_video))
@@ -712,6 +723,7 @@ def test_stream_sources(tmp_path, videos, long_video, classes):
     assert [answer[:2] for answer in classifier.stream(one_frame)] == [(0.0, 0.125)]
 
 
+@pytest.mark.slow
 def test_answers_are_of_one_support_set_where_the_classes_change(videos, long_video, classes):
     classifier = make_classifier().fit(classes)
     before = list(classifier.stream(long_video, stride=0.25))
@@ -788,6 +800,7 @@ def test_bad_streams(tmp_path, videos, classes):
         classifier.stream(videos[0], batch_size=0)
 
 
+@pytest.mark.slow
 def test_predict_script(tmp_path, checkpoint, videos, classes, monkeypatch, capsys):
     for label, of_class in classes.items():
         (tmp_path / "support" / label).mkdir(parents=True)

@@ -140,6 +140,7 @@ def test_any_public_backbone_by_its_folder(tmp_path, family, classes, videos):
     assert by_label(saved(videos[7])) == pytest.approx(answer, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_object_keeps_what_it_has(tmp_path, clip, classes, videos):
     save_backbone(tmp_path, "vit")
     vit = ViTModel.from_pretrained(tmp_path)
@@ -154,6 +155,7 @@ def test_an_object_keeps_what_it_has(tmp_path, clip, classes, videos):
     assert nameless.text_weight == 0 and len(nameless.fit(classes)(videos[7])) == 3
 
 
+@pytest.mark.slow
 def test_fields_of_the_model_are_kept_with_the_supports(tmp_path, clip, classes, videos):
     model = DmgalModel.from_backbone(clip, paradigm="adapter", alignment="otam", num_frames=4, text_guidance=True)
     processor = DmgalVideoProcessor.from_pretrained(clip, num_frames=4)
@@ -229,6 +231,7 @@ def test_what_is_no_backbone_says_what_is(tmp_path, clip):
 # Text
 
 
+@pytest.mark.slow
 def test_weights_of_text(classifier, classes, videos):
     by_clips, by_text = both_logits(classifier, classes, videos[7])
     assert classifier.text_weight == 1

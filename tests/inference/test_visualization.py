@@ -21,6 +21,8 @@ from dmgal_hf.inference.visualization import (
     plot_self_attention,
 )
 
+pytestmark = pytest.mark.slow  # the fixtures that all share take seconds
+
 RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
 VIT = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
                 patch_size=8)  # fmt: skip
@@ -362,7 +364,6 @@ def write_video(path, frames):
         container.mux(stream.encode())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("paradigm", ["ft", "adapter"])
 def test_script_writes_pictures(tmp_path, monkeypatch, capsys, paradigm):
     for number, name in enumerate(["push/0", "push/1", "pull/0", "query"]):

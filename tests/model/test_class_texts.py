@@ -46,6 +46,7 @@ def picture_inputs(family, frames):
             "pixel_attention_mask": torch.ones(len(frames), 16, dtype=torch.long)}  # fmt: skip
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_scores_are_those_of_the_two_towers(tmp_path, family):
@@ -88,6 +89,7 @@ def test_prototypes_are_means_over_templates_or_descriptions(towers_folder):
     torch.testing.assert_close(found, torch.stack([*expected, embed("a hand lifts the cup off a table")]))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("alignment", ["bi_mhm", "otam", "mean"])
 def test_clips_and_texts_together(towers_folder, alignment):
@@ -110,6 +112,7 @@ def test_clips_and_texts_together(towers_folder, alignment):
     assert output.support_embeds.shape == (1, 3, 20)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("alignment", ["bi_mhm", "otam", "mean"])
 def test_a_class_of_text_alone(towers_folder, alignment):
@@ -186,6 +189,7 @@ def test_what_cannot_be_compared_with_texts(towers_folder, tmp_path):
         model.embed_class_names(LABELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "labels, descriptions, message",
     [

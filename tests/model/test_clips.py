@@ -34,6 +34,7 @@ def check_halves(model, labels=(0, 1, 1), **episodes):
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [(0, 1), FIVE_SHOT, (0, 1, 1)], ids=["1-shot", "5-shot", "unequal shots"])
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_full_training_models(kind, labels):
@@ -41,6 +42,7 @@ def test_full_training_models(kind, labels):
     assert set(kept) == {"features", "cross.motion", "support.cross.values"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [(0, 1), FIVE_SHOT, (0, 1, 1)], ids=["1-shot", "5-shot", "unequal shots"])
 @pytest.mark.parametrize("kind", VITS)
 def test_adapter_models(kind, labels):
@@ -48,6 +50,7 @@ def test_adapter_models(kind, labels):
     assert {"features", "query.prefix", "query.patches"} < set(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(48, 48), (40, 32), (36, 44)])
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_other_resolutions(kind, size):

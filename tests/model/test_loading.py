@@ -48,6 +48,7 @@ def assert_same(model, other):
     assert trains[0] == trains[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_saved_model_comes_back_and_saves_the_same_file(kind, tmp_path):
     saved = save(kind, tmp_path)
@@ -61,6 +62,7 @@ def test_the_saved_model_comes_back_and_saves_the_same_file(kind, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "vit", "resnet"])
 def test_another_dtype_and_several_files(kind, tmp_path):
     saved = save(kind, tmp_path / "one")

@@ -50,6 +50,7 @@ def make_episodes(episodes=2, labels=(0, 1, 1), queries=2, frames=8, size=32, se
     return support, torch.tensor([labels] * episodes), query
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_any_backbone(tmp_path, kind):
@@ -154,6 +155,7 @@ def test_queries_in_eval_mode_are_described_from_mixed_maps():
     assert formed == ["mixer"] * 2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "fields",
@@ -231,6 +233,7 @@ def test_switches_leave_modules_out():
     torch.testing.assert_close(output.query_features, maps.mean((-1, -2)).view(2, 2, 8, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*BACKBONES, "convnext", "convnextv2"])
 def test_all_that_is_trainable_gets_a_gradient(kind):
     """A parameter that gets none would stop DistributedDataParallel."""
@@ -277,6 +280,7 @@ def test_backbones_that_do_not_fit():
         make_model(swin, paradigm="adapter")(*make_episodes(episodes=1))
 
 
+@pytest.mark.slow
 def test_from_backbone(tmp_path):
     torch.manual_seed(0)
     backbone = ResNetModel(RESNET)
@@ -410,6 +414,7 @@ def make_adapter_model(kind="clip", seed=0, adapter_config=None, **fields):
 
 
 class TestAdapterParadigm:
+    @pytest.mark.slow
     @torch.no_grad()
     @pytest.mark.parametrize("kind", ADAPTER_BACKBONES)
     def test_round_trip_and_kept_supports(self, tmp_path, kind):
@@ -494,6 +499,7 @@ class TestAdapterParadigm:
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == ("mga_adapter" in name), name
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["clip", "dinov2"])
     def test_lora_of_equal_size(self, tmp_path, kind):
         def count(adapter_config):

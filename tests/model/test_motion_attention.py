@@ -177,6 +177,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("fields", CASES, ids=str)
 @pytest.mark.parametrize("training", [False, True])
@@ -218,6 +219,7 @@ def test_described_queries_are_the_means_of_their_maps():
     assert none is None
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("fields", CASES, ids=str)
 @pytest.mark.parametrize("size", [(4, 5), (2, 2)])

@@ -74,6 +74,7 @@ class Operations(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_and_a_query_read_no_value(kind, training):

@@ -166,6 +166,7 @@ def random_adapter(adapter_class, prefix, **fields):
     return adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize(
     ("adapter_class", "num_support"),
@@ -212,6 +213,7 @@ def test_a_fresh_adapter_changes_no_bit(family):
         assert torch.equal(tokens(model, videos, num_support=2), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_are_found_and_prefix_tokens_pass_untouched(family):
     model = adapted(family, num_frames=2)
@@ -229,6 +231,7 @@ def test_layers_are_found_and_prefix_tokens_pass_untouched(family):
     assert (entering[:, prefix:] != adapted_tokens[:, prefix:]).float().mean() > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("support_pooling", [1, 3])
 def test_episode_facts_reach_the_layers(family, support_pooling):
@@ -466,6 +469,7 @@ def test_wrong_use_of_the_cache():
 # Bad input.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("facts", "message"),
     [

@@ -192,6 +192,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMS)
 def test_frames_are_those_of_decoding_everything(tmp_path, name):
     path = write(tmp_path / name, **STREAMS[name])
@@ -208,6 +209,7 @@ def test_edit_list_cuts_the_start(tmp_path, codec):
     assert_reads_as(path, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("b_frames", [1, 2])
 def test_packed_b_frames(tmp_path, b_frames):
     path = write_packed(tmp_path / "xvid.avi", b_frames)
@@ -259,6 +261,7 @@ def test_live_recording_without_lengths(tmp_path):
     assert_reads_as(live, decode_all(live))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("matrix", "shown"),  # a pixel stored at (x, y) is shown at (a x + c y, b x + d y)
     [
@@ -334,6 +337,7 @@ def rewrite(path, change):
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hevc_open_groups.mp4", "h264_open_groups.mp4", "mpeg4_b_frames.mp4"])
 def test_clip_cut_before_an_open_group(tmp_path, name):
     """The first pictures shown refer to a group that is gone: the decoder leaves them out."""
@@ -421,6 +425,7 @@ def test_ways_to_name_a_video(tmp_path):
             assert probe_video(video) == probe_video(path)  # a file object is read from its start again
 
 
+@pytest.mark.slow
 def test_url(tmp_path):
     data = write(tmp_path / "a.mp4").read_bytes()
 
@@ -699,6 +704,7 @@ def read_bytes(path):
     return read_frames(path).numpy().tobytes()
 
 
+@pytest.mark.slow
 def test_threads_and_forked_processes_read_alike(tmp_path):
     paths = [
         write(tmp_path / "a.mp4", gop_size=10),
@@ -750,6 +756,7 @@ def copies(path):
         yield file
 
 
+@pytest.mark.slow
 def test_play_lists_are_refused_before_what_they_name_is_touched(tmp_path):
     asked = []
 
@@ -838,6 +845,7 @@ FILLER = b"\x0c" + b"\xff" * 20 + b"\x80"  # type 12
 DELIMITER = b"\x09\xf0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("units", [[FILLER], [DELIMITER], [DELIMITER, FILLER]])
 def test_h264_packets_without_a_picture_are_not_counted(tmp_path, units):
     path = write(tmp_path / "plain.mkv", **x264("keyint=10:bframes=0"))
@@ -877,6 +885,7 @@ def test_exif_of_motion_jpeg_is_followed(tmp_path, orientation):
 LONG = ["h264.mp4", "h264_b_frames.avi", "h264.ts", "vp9.webm", "mpeg4_b_frames.avi", "mjpeg.avi", "wmv2.wmv"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_packets_of_a_long_clip_are_read_again(tmp_path, name, monkeypatch):
     path = write(tmp_path / name, **STREAMS[name])

@@ -64,6 +64,7 @@ def test_what_is_left_to_autocast(precision, fields):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_adapters_learn_on_a_backbone_held_in_bfloat16():
     model = make_model()
     hold_frozen_backbone(model, "bf16")

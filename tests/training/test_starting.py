@@ -129,6 +129,7 @@ def bare(backbone):
     return ViTModel.from_pretrained(backbone, add_pooling_layer=False)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "base, adapters",

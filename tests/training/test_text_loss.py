@@ -37,6 +37,7 @@ def make_learner(folder, weight, **fields):
     return EpisodeLearner(model, DmgalVideoProcessor.from_pretrained(folder), 6, 0.0, weight, BASE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_the_loss_is_the_cross_entropy_of_the_scores_of_both_towers(tmp_path, family):
     """By transformers' own model: the cosine of the mean frame with the text of every base class."""
@@ -63,6 +64,7 @@ def test_the_loss_is_the_cross_entropy_of_the_scores_of_both_towers(tmp_path, fa
     assert expected > 0.1
 
 
+@pytest.mark.slow
 def test_it_trains_the_adapters_alone_and_falls(tmp_path):
     save_towers(tmp_path, "clip")
     learner, batch = make_learner(tmp_path, 10.0).train(), make_batch()

@@ -40,6 +40,7 @@ from dmgal_hf.training.loading import load_videos
 from dmgal_hf.training.training import describe_result, run_fields
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_and_its_records(finished, cache_dir, capsys):
     folder, metrics = finished
     assert json.loads((folder / "metrics.json").read_text()) == metrics
@@ -297,6 +298,7 @@ class TestBadInput:
         with pytest.raises(FileNotFoundError, match=r"best is missing, the best model of this run: put it back"):
             run(path, "--resume")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options, message",
         [
