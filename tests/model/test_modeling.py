@@ -271,6 +271,18 @@ def test_backbones_in_half_precision(tmp_path):
     model(support.bfloat16(), labels, query.bfloat16())
 
 
+@torch.no_grad()
+def test_the_dtype_in_a_backbone_config_is_that_of_somebody_elses_weights():
+    """As in a config.json of weights that were stored in half precision."""
+    config = DmgalConfig(backbone_config={**RESNET.to_dict(), "dtype": "bfloat16"}, motion_reduction=4)
+    model = DmgalModel(config).eval()
+    assert {one.dtype for one in model.parameters()} == {torch.float32}
+    support, labels, query = make_episodes(episodes=1)
+    assert model(support, labels, query).logits.isfinite().all()
+    model = AutoModel.from_config(config, dtype=torch.bfloat16)
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+
+
 def test_backbones_that_do_not_fit():
     with pytest.raises(ValueError, match="type 'bert', no model of pictures"):
         DmgalModel(DmgalConfig(backbone_config={"model_type": "bert"}))

@@ -47,7 +47,8 @@ def check_backbone_config(backbone_config: PreTrainedConfig) -> type[PreTrainedM
 def build_backbone(backbone_config: PreTrainedConfig, with_head: bool = False) -> PreTrainedModel:
     """A backbone with random weights; `with_head` as texts need it."""
     model_class, kwargs = _backbone_class(backbone_config, with_head)
-    return model_class._from_config(backbone_config, **kwargs)
+    # Not in the dtype that its config may tell, of weights that somebody stored: in that of the model around it.
+    return model_class._from_config(backbone_config, dtype=None, **kwargs)
 
 
 def load_backbone(name_or_path: str | os.PathLike) -> PreTrainedModel:
