@@ -45,8 +45,7 @@ from dmgal_hf.hub import (
 from dmgal_hf.hub.conversion import official_state_dict
 from dmgal_hf.model.modeling_mga import MgaLayer
 from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArguments
-from dmgal_hf.training.starting import settle_arguments
-from dmgal_hf.training.training_run import build_model
+from dmgal_hf.training.starting import build_model, settle_arguments
 
 pytestmark = pytest.mark.slow  # the fixtures that all share take seconds
 

@@ -14,9 +14,8 @@ from transformers import ViTConfig, ViTModel
 from dmgal_hf import DmgalModel, DmgalVideoProcessor, MgaConfig
 from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
 from dmgal_hf.training.checkpoints import differing_fields
-from dmgal_hf.training.starting import settle_arguments
+from dmgal_hf.training.starting import build_model, settle_arguments
 from dmgal_hf.training.training import run_fields
-from dmgal_hf.training.training_run import build_model
 
 # A run's own fields, without those that the checkpoint answers for.
 NEW = {"backbone_config", "motion_reduction", "resize", "crop_size"}

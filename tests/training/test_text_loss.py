@@ -13,7 +13,7 @@ from training_runs import ON_CPU, run, sharded_command
 from transformers import AutoModel, AutoProcessor, ResNetConfig, ResNetModel
 
 from dmgal_hf import DmgalModel, DmgalVideoProcessor
-from dmgal_hf.training.training_run import EpisodeLearner
+from dmgal_hf.training.episode_learner import EpisodeLearner
 
 # Numbers with gaps, as novel classes lie between them in a list of all.
 BASE = {1: "push left", 2: "pull_right", 5: "lift"}

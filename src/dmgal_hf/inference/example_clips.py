@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.utils.sha import sha_fileobj
-
 from ..model.video_processing_dmgal import _list_videos, undecoded_column
 
 if TYPE_CHECKING:
@@ -70,6 +68,8 @@ def clip_digests(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, str | No
 
 def _digest(video: Any) -> str | None:
     """What tells whether two clips are the same video: a hash of the file's content, or of the address of others."""
+    from ..data.kept_clips import file_digest  # brings `datasets` along
+
     if isinstance(video, Mapping):
         video = video.get("path") if video.get("bytes") is None else video["bytes"]
     if isinstance(video, (str, os.PathLike)):
@@ -78,11 +78,6 @@ def _digest(video: Any) -> str | None:
             return file_digest(path)
         return hashlib.sha256((os.path.realpath(path) if os.path.exists(path) else path).encode()).hexdigest()
     return hashlib.sha256(video).hexdigest() if isinstance(video, (bytes, bytearray, memoryview)) else None
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    with open(path, "rb") as file:
-        return sha_fileobj(file).hex()
 
 
 def warn_of_repeats(classes: Mapping[str, Mapping[str, Any]], digests: Mapping[str, str | None], seen: dict[str, str]):

@@ -19,7 +19,6 @@ from ..model.configuration_dmgal import DmgalConfig, check_text_weight
 from ..model.kept_supports import DmgalSupport
 from ..model.video_processing_dmgal import DmgalVideoProcessor
 from .classifier_models import UNNAMED_MODEL, fields_of_untrained, kept_model_id, model_revision
-from .example_clips import file_digest
 from .fitted_support import FittedSupport
 
 SUPPORT_FILE, ABOUT_FILE = "support.safetensors", "support.json"
@@ -44,7 +43,8 @@ def write_support(
     Both files of a kept support set. They replace those of before once they are whole. The second names the first by
     its hash, so they cannot be mixed up.
     """
-    from ..data.kept_clips import fingerprint  # brings `datasets` along, which takes longer to import than all else
+    # Brings `datasets` along, which takes longer to import than all else.
+    from ..data.kept_clips import file_digest, fingerprint
 
     about = {
         "format_version": SUPPORT_FORMAT,
@@ -117,6 +117,8 @@ def read_support(about: dict[str, Any], path: Path) -> tuple[DmgalSupport, torch
     The tensors that `about` describes, and the prototypes (N, E) by text where it has them. Raises `ValueError` if
     they are damaged, or those of another support set.
     """
+    from ..data.kept_clips import file_digest
+
     try:
         support = DmgalSupport.load(path)
     except (SafetensorError, ValueError) as error:

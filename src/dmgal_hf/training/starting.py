@@ -1,4 +1,4 @@
-"""What training starts from when it is given a checkpoint: a model of DMGAL, or adapters alone on their backbone."""
+"""What training starts from: random weights, a backbone, or a checkpoint of DMGAL or of adapters alone."""
 
 import os
 from collections.abc import Iterator
@@ -49,7 +49,25 @@ def settle_arguments(
     return data, model
 
 
-def load_start(model: ModelArguments, **processor_fields: Any) -> tuple[DmgalModel, DmgalVideoProcessor]:
+def build_model(model: ModelArguments, data: DataArguments) -> tuple[DmgalModel, DmgalVideoProcessor]:
+    """The model to train and its processor; what is pretrained brings its own normalisation."""
+    fields = {"num_frames": model.num_frames, "size": data.resize, "crop_size": data.crop_size}
+    fields |= {name: getattr(data, name) for name in ("image_mean", "image_std") if getattr(data, name) is not None}
+    if model.init_from is not None:
+        return _load_start(model, **fields)
+    if model.backbone is not None:
+        processor = DmgalVideoProcessor.from_pretrained(model.backbone, **fields)
+        return DmgalModel.from_backbone(model.backbone, **model.config_fields()), processor
+    if model.text_guidance:
+        raise ValueError(
+            "text_guidance and text_loss_weight need a pretrained backbone with a text tower beside it (CLIP, SigLIP, "
+            "SigLIP2, MetaCLIP 2), and this one has random weights: give backbone its id or folder, or leave them out."
+        )
+    config = DmgalConfig(backbone_config=model.backbone_config, **model.config_fields())
+    return DmgalModel(config), DmgalVideoProcessor(**fields)
+
+
+def _load_start(model: ModelArguments, **processor_fields: Any) -> tuple[DmgalModel, DmgalVideoProcessor]:
     """
     The model of `init_from` and its processor, by settled arguments.
 
