@@ -13,8 +13,6 @@ from dmgal_hf.data.transforms import (
     adjust_hue,
     adjust_saturation,
     horizontal_flip,
-    random_crop,
-    random_erasing,
     to_grayscale,
 )
 from dmgal_hf.model.video_processing_dmgal import resize_short_side
@@ -115,22 +113,21 @@ def test_flip_mirrors_every_frame():
 def test_random_crop_reaches_every_position_equally():
     rows, columns = torch.meshgrid(torch.arange(6), torch.arange(7), indexing="ij")
     clip = torch.stack([rows, columns, rows]).to(torch.uint8).expand(2, 3, 6, 7)
-    generator, counts = seeded(0), torch.zeros(3, 4)
+    augment, generator, counts = ClipAugmentation((4, 4), resize=6), seeded(0), torch.zeros(3, 4)
     for _ in range(1200):
-        crop = random_crop(clip, 4, 4, generator)
+        crop = augment(clip, generator)
         top, left = crop[0, 0, 0, 0].item(), crop[0, 1, 0, 0].item()
         assert torch.equal(crop, clip[:, :, top : top + 4, left : left + 4])
         counts[top, left] += 1
     assert counts.min() > 60 and counts.max() < 145  # 100 expected each, standard deviation 9.6
-    with pytest.raises(ValueError, match=r"4 x 8 pixels .* larger than the frames of 6 x 7"):
-        random_crop(clip, 4, 8, generator)
 
 
 def test_random_erasing_fills_one_rectangle_in_all_frames():
-    clip = torch.full((3, 3, 40, 50), 7, dtype=torch.uint8)
+    clip = torch.full((3, 3, 40, 40), 7, dtype=torch.uint8)
+    never, sometimes, always = (ClipAugmentation(40, 40, random_erasing=chance) for chance in (0.0, 0.5, 1.0))
     erased, areas = 0, []
     for seed in range(300):
-        result = random_erasing(clip, seeded(seed), probability=0.5)
+        result = sometimes(clip, seeded(seed))
         assert result.dtype == torch.uint8 and clip.eq(7).all()
         filled = result == MEAN_GREY
         assert torch.equal(filled, filled[:1, :1].expand_as(filled)) and result[~filled].eq(7).all()
@@ -141,11 +138,11 @@ def test_random_erasing_fills_one_rectangle_in_all_frames():
             height, width = len(rows), len(columns)
             assert height == rows[-1] - rows[0] + 1 and width == columns[-1] - columns[0] + 1
             assert 0.25 <= height / width <= 4
-            areas.append(height * width / 2000)
+            areas.append(height * width / 1600)
     assert 115 < erased < 185  # 150 expected, standard deviation 8.7
     assert 0.018 < min(areas) < 0.05 and 0.27 < max(areas) < 0.35
-    assert all(random_erasing(clip, seeded(seed), probability=0.0) is clip for seed in range(20))
-    assert all((random_erasing(clip, seeded(seed), 1.0, fill=0) == 0).any() for seed in range(20))
+    assert all(torch.equal(never(clip, seeded(seed)), clip) for seed in range(20))
+    assert all((always(clip, seeded(seed)) == MEAN_GREY).any() for seed in range(20))
 
 
 def test_every_frame_gets_the_same():

@@ -15,33 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..model.video_processing_dmgal import check_clip, check_crop, resize_short_side, short_side_size
+from ..model.video_processing_dmgal import check_clip, resize_short_side, short_side_size
 
 # The mean of the authors' normalisation, 0.45: an erased region is zero in what the model sees.
 MEAN_GREY = 115
-
-
-def random_crop(clip: torch.Tensor, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """
-    Cuts the same random window out of all frames; every position is equally likely.
-
-    Args:
-        clip (`torch.ByteTensor` of shape `(T, 3, H, W)`): frames.
-        height (`int`): height of the window in pixels, at most H.
-        width (`int`): width of the window in pixels, at most W.
-        generator (`torch.Generator`): where the position is drawn from (two numbers).
-
-    Returns:
-        `torch.ByteTensor` of shape `(T, 3, height, width)`: a view of the clip.
-
-    Raises:
-        `ValueError`: where the window is larger than the frames.
-    """
-    check_clip(clip)
-    check_crop(clip, height, width)
-    down, right = _draw(2, generator)
-    top, left = int(down * (clip.shape[-2] - height + 1)), int(right * (clip.shape[-1] - width + 1))
-    return clip[..., top : top + height, left : left + width]
 
 
 def horizontal_flip(clip: torch.Tensor) -> torch.Tensor:
@@ -70,8 +47,7 @@ def adjust_brightness(clip: torch.Tensor, factor: float) -> torch.Tensor:
     Raises:
         `ValueError`: for a negative factor.
     """
-    check_clip(clip)
-    _check_factor(factor)
+    _check_blend(clip, factor)
     return _frame_by_frame(clip, lambda frame: frame.mul_(factor))
 
 
@@ -81,16 +57,7 @@ def adjust_contrast(clip: torch.Tensor, factor: float) -> torch.Tensor:
 
     Args, result and errors as in [`adjust_brightness`]; factor 0 is a grey frame.
     """
-    check_clip(clip)
-    _check_factor(factor)
-
-    def adjust(frame: torch.Tensor) -> torch.Tensor:
-        luma = luma_of(frame)
-        # A sum of whole numbers in float64 is exact in any order.
-        mean = math.floor(luma.sum(dtype=torch.float64).item() / luma.numel() + 0.5)
-        return frame.sub_(mean).mul_(factor).add_(mean)
-
-    return _frame_by_frame(clip, adjust)
+    return _blend(clip, factor, _mean_luma)
 
 
 def adjust_saturation(clip: torch.Tensor, factor: float) -> torch.Tensor:
@@ -99,14 +66,7 @@ def adjust_saturation(clip: torch.Tensor, factor: float) -> torch.Tensor:
 
     Args, result and errors as in [`adjust_brightness`]; factor 0 is [`to_grayscale`].
     """
-    check_clip(clip)
-    _check_factor(factor)
-
-    def adjust(frame: torch.Tensor) -> torch.Tensor:
-        luma = luma_of(frame)
-        return frame.sub_(luma).mul_(factor).add_(luma)
-
-    return _frame_by_frame(clip, adjust)
+    return _blend(clip, factor, luma_of)
 
 
 def adjust_hue(clip: torch.Tensor, shift: float) -> torch.Tensor:
@@ -160,63 +120,26 @@ def turn_hue(frames: torch.Tensor, starts: Sequence[float | torch.Tensor]) -> to
     return result
 
 
-def random_erasing(
-    clip: torch.Tensor,
-    generator: torch.Generator,
-    probability: float = 0.5,
-    area: tuple[float, float] = (0.02, 1 / 3),
-    aspect: tuple[float, float] = (0.3, 10 / 3),
-    fill: int = MEAN_GREY,
-) -> torch.Tensor:
-    """
-    Fills one random rectangle with grey, at the same place in all frames (Zhong et al. 2020, arXiv 1708.04896; the
-    default ranges are the customary ones, as the DMGAL authors leave theirs open).
-
-    Area and aspect ratio (on a logarithmic scale) are drawn up to ten times until a rectangle fits; where none does,
-    the clip stays as it is.
-
-    Args:
-        clip (`torch.ByteTensor` of shape `(T, 3, H, W)`): frames; left unchanged.
-        generator (`torch.Generator`): where all is drawn from (always 23 numbers).
-        probability (`float`): of erasing anything.
-        area (`tuple[float, float]`): range of the area of the rectangle, as a part of the frame's.
-        aspect (`tuple[float, float]`): range of height / width.
-        fill (`int`): grey level of the rectangle, 0..255.
-
-    Returns:
-        `torch.ByteTensor` of the shape of `clip`.
-    """
-    check_clip(clip)
-    rectangle = _place_rectangle(_draw(23, generator), *clip.shape[-2:], probability, area, aspect)
-    return _fill(clip, rectangle, fill) if rectangle else clip
-
-
 def _place_rectangle(
-    draws: Sequence[float],
-    frame_height: int,
-    frame_width: int,
-    probability: float,
-    area: tuple[float, float] = (0.02, 1 / 3),
-    aspect: tuple[float, float] = (0.3, 10 / 3),
+    draws: Sequence[float], frame_height: int, frame_width: int, probability: float
 ) -> tuple[int, int, int, int] | None:
-    """What 23 draws make [`random_erasing`] fill: top, left, height and width in pixels."""
+    """
+    One random rectangle to erase: top, left, height and width in pixels, from 23 draws (Zhong et al. 2020, arXiv
+    1708.04896; the ranges are the customary ones, as the DMGAL authors leave theirs open).
+
+    Area, as a part of the frame's, and height / width (on a logarithmic scale) are drawn up to ten times until a
+    rectangle fits; where none does, there is none.
+    """
     chance, down, right, *draws = draws
     if chance >= probability:
         return None
     for area_draw, aspect_draw in zip(draws[::2], draws[1::2], strict=True):
-        pixels = _between(area, area_draw) * frame_height * frame_width
-        ratio = math.exp(_between((math.log(aspect[0]), math.log(aspect[1])), aspect_draw))
+        pixels = _between((0.02, 1 / 3), area_draw) * frame_height * frame_width
+        ratio = math.exp(_between((math.log(0.3), math.log(10 / 3)), aspect_draw))
         height, width = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
         if 0 < height <= frame_height and 0 < width <= frame_width:
             return int(down * (frame_height - height + 1)), int(right * (frame_width - width + 1)), height, width
     return None
-
-
-def _fill(clip: torch.Tensor, rectangle: tuple[int, int, int, int], grey: int) -> torch.Tensor:
-    top, left, height, width = rectangle
-    clip = clip.clone()
-    clip[..., top : top + height, left : left + width] = grey
-    return clip
 
 
 class Drawn(NamedTuple):
@@ -390,7 +313,11 @@ class ClipAugmentation:
             clip = to_grayscale(clip)
         for number, amount in drawn.colors:
             clip = ADJUSTMENTS[number](clip, amount)
-        return _fill(clip, drawn.erased, MEAN_GREY) if drawn.erased else clip
+        if drawn.erased:
+            top, left, height, width = drawn.erased
+            clip = clip.clone()  # it may be the one that was given
+            clip[..., top : top + height, left : left + width] = MEAN_GREY
+        return clip
 
 
 ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
@@ -407,9 +334,22 @@ def _between(bounds: tuple[float, float], draw: float) -> float:
     return bounds[0] + (bounds[1] - bounds[0]) * draw
 
 
-def _check_factor(factor: float) -> None:
+def _check_blend(clip: torch.Tensor, factor: float) -> None:
+    check_clip(clip)
     if not factor >= 0:
         raise ValueError(f"the factor is {factor!r}; allowed is 0 or more")
+
+
+def _blend(
+    clip: torch.Tensor, factor: float, grey_of: Callable[[torch.Tensor], float | torch.Tensor]
+) -> torch.Tensor:
+    _check_blend(clip, factor)
+
+    def adjust(frame: torch.Tensor) -> torch.Tensor:
+        grey = grey_of(frame)
+        return frame.sub_(grey).mul_(factor).add_(grey)
+
+    return _frame_by_frame(clip, adjust)
 
 
 def _frame_by_frame(clip: torch.Tensor, adjust: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -431,3 +371,9 @@ def luma_of(frames: torch.Tensor) -> torch.Tensor:
     red, green, blue = frames.split(1, -3)
     luma = (red * 19595).add_(green * 38470).add_(blue * 7471).add_(32768)
     return luma.div_(65536).floor_()
+
+
+def _mean_luma(frame: torch.Tensor) -> int:
+    luma = luma_of(frame)
+    # A sum of whole numbers in float64 is exact in any order.
+    return math.floor(luma.sum(dtype=torch.float64).item() / luma.numel() + 0.5)
