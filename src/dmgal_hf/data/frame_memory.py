@@ -8,8 +8,6 @@ memory as long as there is room, and nothing is lost but time where there is not
 
 import logging
 import math
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from datasets import Dataset
 from ..model.extracted_frames import VideoInfo
 from ..model.video_decoding import VideoDecodeError, probe_video, read_frames, read_frames_at, segment_indices
 from ..model.video_processing_dmgal import DmgalVideoProcessor, resize_short_side, short_side_size
+from .written_aside import written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +76,7 @@ class FrameMemory:
         return short_side_size(height, width, self.short_side) if larger else (height, width)
 
     def _keep(self, path: Path, video: Any) -> bool:
-        """Decodes a clip into its file, written aside and renamed: another process may do the same meanwhile."""
-        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        """Decodes a clip into its file; another process may do the same meanwhile."""
         try:
             info = probe_video(video)
             if not self.fits(info):
@@ -87,15 +85,12 @@ class FrameMemory:
         except (VideoDecodeError, IndexError):  # not whole: the frames that are asked for may be readable all the same
             return False
         try:
-            with open(aside, "wb") as file:
+            with written_aside(path) as aside, open(aside, "wb") as file:
                 np.save(file, frames)
-            os.replace(aside, path)
         except OSError as error:
-            logger.warning("Frames are decoded anew from now on: %s cannot be written (%s).", aside, error)
+            logger.warning("Frames are decoded anew from now on: %s cannot be written (%s).", path, error)
             self.bytes_a_clip = 0
             return False
-        finally:
-            aside.unlink(missing_ok=True)
         return True
 
     def _decode(self, video: Any, info: VideoInfo) -> np.ndarray:

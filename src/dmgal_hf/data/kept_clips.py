@@ -30,6 +30,7 @@ from ..model.video_processing_dmgal import DmgalVideoProcessor, DmgalVideoProces
 from ..model.zip_archive import split_zip_path
 from .frame_memory import FrameMemory
 from .reading_workers import obey_main_process
+from .written_aside import written_aside
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -424,16 +425,11 @@ def _make_folder(root: Path, made_with: str) -> Path:
 
 
 def _save_file(tensors: dict[str, torch.Tensor], path: Path, about: dict[str, str] | None = None):
-    """Written aside and renamed: what has the name is whole."""
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=".aside")
-    os.close(descriptor)
     try:
-        save_file(tensors, aside, metadata=about)
-        os.replace(aside, path)
+        with written_aside(path) as aside:
+            save_file(tensors, aside, metadata=about)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} cannot be written ({error}); what was written before is whole and is kept.") from error
-    finally:
-        Path(aside).unlink(missing_ok=True)
 
 
 def _read_file(path: Path, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:

@@ -6,7 +6,6 @@ import multiprocessing
 import operator
 import os
 import signal
-import uuid
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from huggingface_hub import constants
 from tqdm.auto import tqdm
 
 from .clip_looks import FRAMES_PER_SECOND
+from .written_aside import written_aside
 
 
 class MadeUpVideos(NamedTuple):
@@ -148,14 +148,8 @@ def _write_clip(job: tuple[Callable, str, str, str, int, int]) -> None:
     render, folder, class_name, preset, seed, index = job
     target = Path(folder) / class_name / _clip_name(index)
     content = _encode(render(class_name, preset, seed, index))
-    # Written aside and renamed: a file under its final name is always whole, also when the program is killed or when
-    # another one writes the same clip (the same bytes) at the same time.
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
+    with written_aside(target) as aside:
         aside.write_bytes(content)
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _write_clips(jobs: list[tuple], num_proc: int, name: str) -> None:

@@ -46,6 +46,7 @@ from ..model.extracted_frames import map_arrow_file
 from ..model.video_decoding import VideoDecodeError, probe_video, read_frames_at, segment_indices
 from ..model.video_processing_dmgal import RESAMPLE_MODES, resize_short_side
 from ..model.zip_archive import open_zip, split_zip_path
+from .written_aside import replace_file, replace_folder, written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -160,10 +161,10 @@ def prepare_videos(videos: DatasetDict, arguments: PrepareArguments, source: Map
         raise ValueError("the dataset has no videos: there is nothing to prepare.")
     output = Path(arguments.output).expanduser().absolute()
     settings = {"version": FORMAT_VERSION, "source": dict(source), **arguments.frame_settings()}
-    with _names_folder(output):
+    with _writing(output):
         (output / "shards").mkdir(parents=True, exist_ok=True)
     with _only_run(output):
-        with _names_folder(output):
+        with _writing(output):
             _claim(output, json.loads(json.dumps(settings)))
             for leftover in (output / "shards").glob(".*.aside"):
                 leftover.unlink()
@@ -173,9 +174,12 @@ def prepare_videos(videos: DatasetDict, arguments: PrepareArguments, source: Map
         if missing:
             _write_shards(output / "shards", missing, arguments)
             records = read_records(output)
-        with _names_folder(output):
+        with _writing(output):
             index = _index(videos, rows, {path: records[clip] for path, clip in clips.items()})
-            _replace_folder(output / "index", index)
+            aside = output / ".index.aside"
+            shutil.rmtree(aside, ignore_errors=True)
+            index.save_to_disk(str(aside))
+            replace_folder(output / "index", aside)
             report = _report(index, read_now=len(missing), kept=len(clips) - len(missing))
             _replace_json(output / "report.json", report)
     return report
@@ -263,16 +267,14 @@ def _stat(path: str) -> Clip:
     return Clip(path, sum(one.st_size for one in stats), max(one.st_mtime_ns for one in stats))
 
 
-def _cannot_write(path: Path, error: OSError) -> OSError:
-    return OSError(f"cannot write {path} ({error}): give a writable folder with room; what is finished stays.")
-
-
 @contextmanager
-def _names_folder(output: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _cannot_write(output, error) from error
+        raise OSError(
+            f"cannot write {path} ({error}): give a writable folder with room; what is finished stays."
+        ) from error
 
 
 @contextmanager
@@ -314,20 +316,7 @@ def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _replace_json(path: Path, value: Any) -> None:
-    aside = path.with_name(f".{path.name}.aside")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
-
-
-def _replace_folder(folder: Path, datasets: DatasetDict) -> None:
-    aside, old = folder.with_name(f".{folder.name}.aside"), folder.with_name(f".{folder.name}.old")
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    datasets.save_to_disk(str(aside))
-    if folder.exists():  # a folder cannot be renamed over another: a reader may find none for a moment, but never half
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 # Reading videos into shards
@@ -385,19 +374,17 @@ def write_shard(folder: Path, clips: Iterable[Clip], settings: Mapping[str, Any]
         ValueError: the frames of one clip are more than an Arrow file can hold.
     """
     target = Path(folder) / f"{uuid.uuid4().hex}.arrow"
-    aside = target.with_name(f".{target.name}.aside")
     number, schema = 0, RECORD_FEATURES.arrow_schema
-    try:
-        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for clip in clips:
-                record = {**clip._asdict(), **read_clip(clip.path, settings)}
-                writer.write_batch(pa.RecordBatch.from_pylist([record], schema))
-                number += 1
-        os.replace(aside, target)
-    except OSError as error:
-        raise _cannot_write(target, error) from error
-    finally:
-        aside.unlink(missing_ok=True)
+    with (
+        _writing(target),
+        written_aside(target) as aside,
+        pa.OSFile(str(aside), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
+        for clip in clips:
+            record = {**clip._asdict(), **read_clip(clip.path, settings)}
+            writer.write_batch(pa.RecordBatch.from_pylist([record], schema))
+            number += 1
     return number
 
 

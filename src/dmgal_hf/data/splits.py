@@ -4,13 +4,14 @@ import hashlib
 import http.client
 import os
 import re
-import tempfile
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants
+
+from .written_aside import written_aside
 
 SPLIT_NAMES = ("train", "validation", "test")
 
@@ -336,14 +337,8 @@ def fetch_verified_file(url: str, path: Path, sha256: str) -> None:
             "Fetch it again; if the sum stays wrong, pass splits= a folder with lists you trust."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as part:
-        part.write(content)
-    try:
-        os.chmod(part.name, 0o644)  # temporary files are private, a shared HF_HOME is not
-        os.replace(part.name, path)
-    except OSError:
-        os.unlink(part.name)
-        raise
+    with written_aside(path) as aside:
+        aside.write_bytes(content)
 
 
 def _download(url: str) -> bytes:

@@ -340,9 +340,7 @@ def _check_blend(clip: torch.Tensor, factor: float) -> None:
         raise ValueError(f"the factor is {factor!r}; allowed is 0 or more")
 
 
-def _blend(
-    clip: torch.Tensor, factor: float, grey_of: Callable[[torch.Tensor], float | torch.Tensor]
-) -> torch.Tensor:
+def _blend(clip: torch.Tensor, factor: float, grey_of: Callable[[torch.Tensor], float | torch.Tensor]) -> torch.Tensor:
     _check_blend(clip, factor)
 
     def adjust(frame: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from ..data.kept_clips import file_digest
+from ..data.written_aside import replace_folder
 from .arguments import DataArguments, ModelArguments, TrainArguments, default_fields
 
 logger = get_logger(__name__)
@@ -154,12 +155,7 @@ def _put_in_place(aside: Path, folder: Path):
     files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
     checksums = {path.relative_to(aside).as_posix(): file_digest(path) for path in files}
     (aside / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2))
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(folder, aside)
 
 
 def damage_of(folder: Path) -> str | None:
@@ -375,13 +371,3 @@ class StopSignal:
         """Ends the process, to be resumed."""
         print(f"Stopped. {GO_ON[0].upper()}{GO_ON[1:]}.", file=sys.stderr)
         raise SystemExit(128 + number)
-
-
-def replace_file(path: Path, text: str):
-    """Writes a text file whole or not at all."""
-    aside = path.with_name(f".{path.name}.aside")
-    try:
-        aside.write_text(text)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -19,13 +19,9 @@ from transformers import AutoModel, AutoProcessor
 
 from ..data import EpisodeSource
 from ..data.preparation import prepared_source
+from ..data.written_aside import replace_file
 from .arguments import DataArguments, ModelArguments, TrainArguments
-from .checkpoints import (
-    StopSignal,
-    keep_others_out,
-    list_checkpoints,
-    replace_file,
-)
+from .checkpoints import StopSignal, keep_others_out, list_checkpoints
 from .evaluation import format_accuracy
 from .loading import load_videos, num_classes
 from .starting import settle_arguments

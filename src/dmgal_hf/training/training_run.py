@@ -37,19 +37,13 @@ from ..data import (
     seed_from,
 )
 from ..data.frame_memory import FrameMemory, keep_frames
+from ..data.written_aside import replace_file
 from ..hub import render_model_card
 from ..model.modeling_dmgal import DmgalModel
 from .acceleration import compile_regions, hold_frozen_backbone
 from .arguments import DataArguments, ModelArguments, TrainArguments
 from .batch_statistics import BatchStatistics
-from .checkpoints import (
-    Progress,
-    StopSignal,
-    load_checkpoint,
-    replace_file,
-    save_checkpoint,
-    write_aside,
-)
+from .checkpoints import Progress, StopSignal, load_checkpoint, save_checkpoint, write_aside
 from .cuda_graphs import ReplayedCall
 from .episode_learner import EpisodeLearner
 from .evaluation import evaluate_episodes, format_accuracy, to_json
