@@ -9,6 +9,7 @@ import hashlib
 import json
 import operator
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,16 +240,15 @@ def check_episodes(episodes: Dataset, labels: Sequence[int]) -> None:
             differ in class, or two of one class in episode label.
     """
     labels = _label_array(labels)
+    classes, number = labels.tolist(), 0
     for columns in _read_columns(episodes):
         if len(episodes) == 0:
             raise ValueError("the episode list is empty: draw one with sample_episodes")
-        if columns["support"].first == 0:
+        if number == 0:
             _check_fingerprint(episodes.info.description, labels)
-        for part in ("support", "query"):
-            _check_lengths(part, columns[part], columns[f"{part}_labels"])
-            _check_rows(part, columns[part], len(labels))
-        _check_way(columns["support_labels"], columns["query_labels"])
-        _check_classes_agree(columns, labels)
+        for episode in zip(*(columns[name].lists() for name in EPISODE_FEATURES), strict=True):
+            _check_episode(number, *episode, classes)
+            number += 1
 
 
 def episodes_id(episodes: Dataset) -> str:
@@ -406,17 +406,15 @@ class _ListColumn(NamedTuple):
 
     values: np.ndarray  # (total,) int64
     lengths: np.ndarray  # (number of episodes,) int64
-    first: int  # number of the first of these episodes in the list
-
-    @property
-    def episode(self) -> np.ndarray:
-        """The episode of each value, shape (total,), counted from the first of these."""
-        return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
     @property
     def starts(self) -> np.ndarray:
         """The place of the first value of each episode."""
         return np.cumsum(self.lengths) - self.lengths
+
+    def lists(self) -> Iterator[list[int]]:
+        values = iter(self.values.tolist())
+        return (list(islice(values, length)) for length in self.lengths.tolist())
 
 
 def _read_columns(
@@ -434,10 +432,10 @@ def _read_columns(
     table = episodes.select_columns(list(names)).with_format("arrow")
     for first in range(0, max(len(episodes), 1), _EPISODES_A_READ):
         part = table[first : first + _EPISODES_A_READ]
-        yield {name: _read_list_column(name, part[name], first) for name in names}
+        yield {name: _read_list_column(name, part[name]) for name in names}
 
 
-def _read_list_column(name: str, column: pa.ChunkedArray, first: int) -> _ListColumn:
+def _read_list_column(name: str, column: pa.ChunkedArray) -> _ListColumn:
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not is_list or not pa.types.is_integer(kind.value_type):
@@ -446,13 +444,7 @@ def _read_list_column(name: str, column: pa.ChunkedArray, first: int) -> _ListCo
     if column.null_count or values.null_count:
         raise ValueError(f"column {name} of the episode list holds empty (null) entries: every list must be complete")
     lengths = pc.list_value_length(column)
-    return _ListColumn(values.cast(pa.int64()).to_numpy(), lengths.cast(pa.int64()).to_numpy(), first)
-
-
-def _first(mask: np.ndarray) -> int | None:
-    """The first place where `mask`, shape (total,), is true; `None` without such."""
-    places = np.flatnonzero(mask)
-    return int(places[0]) if len(places) else None
+    return _ListColumn(values.cast(pa.int64()).to_numpy(), lengths.cast(pa.int64()).to_numpy())
 
 
 def _check_fingerprint(description: str, labels: np.ndarray) -> None:
@@ -473,82 +465,55 @@ def _check_fingerprint(description: str, labels: np.ndarray) -> None:
             )
 
 
-def _check_lengths(part: str, rows: _ListColumn, labels: _ListColumn) -> None:
-    if (episode := _first(rows.lengths != labels.lengths)) is not None:
+def _check_episode(
+    number: int,
+    support: list[int],
+    support_labels: list[int],
+    query: list[int],
+    query_labels: list[int],
+    classes: list[int],
+) -> None:
+    """`number` is that of the episode in the list, `classes` are those of all rows of the dataset."""
+    for part, rows, labels in (("support", support, support_labels), ("query", query, query_labels)):
+        if len(rows) != len(labels):
+            raise ValueError(
+                f"episode {number} has {len(rows)} {part} videos but {len(labels)} {part}_labels: give one label a "
+                "video"
+            )
+        if not rows:
+            raise ValueError(f"episode {number} has no {part} videos: take it out of the list")
+        for row in rows:
+            if not 0 <= row < len(classes):
+                raise ValueError(
+                    f"{part} row {row} in episode {number} is out of range: the dataset has {len(classes)} videos; "
+                    "use the dataset and split the list was made for"
+                )
+    way = len(set(support_labels))
+    if way < 2 or set(support_labels) != set(range(way)):
         raise ValueError(
-            f"episode {rows.first + episode} has {rows.lengths[episode]} {part} videos but {labels.lengths[episode]} "
-            f"{part}_labels: give one label a video"
-        )
-    if (episode := _first(rows.lengths == 0)) is not None:
-        raise ValueError(f"episode {rows.first + episode} has no {part} videos: take it out of the list")
-
-
-def _check_rows(part: str, rows: _ListColumn, num_videos: int) -> None:
-    if (clip := _first((rows.values < 0) | (rows.values >= num_videos))) is not None:
-        raise ValueError(
-            f"{part} row {rows.values[clip]} in episode {rows.first + rows.episode[clip]} is out of range: the "
-            f"dataset has {num_videos} videos; use the dataset and split the list was made for"
-        )
-
-
-def _check_way(support: _ListColumn, query: _ListColumn) -> None:
-    """Support labels must be exactly 0..way-1, and query labels among them."""
-    episode = support.episode
-    possible = (support.values >= 0) & (support.values < support.lengths[episode])
-    # Lifting the labels of later episodes above those of earlier ones counts all episodes' different labels at once.
-    step = support.lengths.max()
-    lifted = np.unique((step * episode + support.values)[possible])
-    different = np.bincount(lifted // step, minlength=len(support.lengths))
-    way = 1 + np.maximum.reduceat(support.values, support.starts)
-    wrong = (way != different) | (way < 2)
-    wrong[episode[~possible]] = True
-    if (wrong_episode := _first(wrong)) is not None:
-        found = np.unique(support.values[episode == wrong_episode]).tolist()
-        raise ValueError(
-            f"the support labels of episode {support.first + wrong_episode} are {found}: they must be 0..way-1, at "
+            f"the support labels of episode {number} are {sorted(set(support_labels))}: they must be 0..way-1, at "
             f"least 2, and each has a support"
         )
-    if (clip := _first((query.values < 0) | (query.values >= way[query.episode]))) is not None:
-        labels = np.arange(way[query.episode[clip]]).tolist()
-        raise ValueError(
-            f"query label {query.values[clip]} in episode {query.first + query.episode[clip]} has no support: "
-            f"the labels there are {labels}"
-        )
-
-
-def _check_classes_agree(columns: dict[str, _ListColumn], labels: np.ndarray) -> None:
-    """No video twice in an episode; one episode label is one class and one class one episode label."""
-    first = columns["support"].first
-    episode = first + np.concatenate([columns["support"].episode, columns["query"].episode])
-    row = np.concatenate([columns["support"].values, columns["query"].values])
-    episode_label = np.concatenate([columns["support_labels"].values, columns["query_labels"].values])
-
-    clips = _first_conflict(episode, row, np.arange(len(row)))
-    if clips is not None:
-        raise ValueError(
-            f"row {row[clips[0]]} occurs twice in episode {episode[clips[0]]}: an episode must not repeat a video"
-        )
+    for label in query_labels:
+        if not 0 <= label < way:
+            raise ValueError(
+                f"query label {label} in episode {number} has no support: the labels there are {list(range(way))}"
+            )
     remedy = "the list is broken or was made for another dataset, split or order of rows"
-    clips = _first_conflict(episode, episode_label, labels[row])
-    if clips is not None:
-        one, other = row[list(clips)]
-        raise ValueError(
-            f"rows {one} and {other} share label {episode_label[clips[0]]} of episode {episode[clips[0]]}, but the "
-            f"dataset has them in classes {labels[one]} and {labels[other]}: {remedy}"
-        )
-    clips = _first_conflict(episode, labels[row], episode_label)
-    if clips is not None:
-        one, other = row[list(clips)]
-        raise ValueError(
-            f"rows {one} and {other} have labels {episode_label[clips[0]]} and {episode_label[clips[1]]} in episode "
-            f"{episode[clips[0]]}, but the dataset has both in class {labels[one]}: {remedy}"
-        )
-
-
-def _first_conflict(episode: np.ndarray, group: np.ndarray, value: np.ndarray) -> tuple[int, int] | None:
-    """The first two places, all arrays (total,), of one episode and group whose values differ; `None` without such."""
-    order = np.lexsort((value, group, episode))
-    before, after = order[:-1], order[1:]
-    same_group = (episode[before] == episode[after]) & (group[before] == group[after])
-    place = _first(same_group & (value[before] != value[after]))
-    return None if place is None else (before[place], after[place])
+    seen, of_label, of_class = set(), {}, {}  # rows; the first row of a label; the first row and label of a class
+    for row, label in zip(support + query, support_labels + query_labels, strict=True):
+        if row in seen:
+            raise ValueError(f"row {row} occurs twice in episode {number}: an episode must not repeat a video")
+        seen.add(row)
+        first = of_label.setdefault(label, row)
+        if classes[first] != classes[row]:
+            raise ValueError(
+                f"rows {first} and {row} share label {label} of episode {number}, but the dataset has them in classes "
+                f"{classes[first]} and {classes[row]}: {remedy}"
+            )
+        first, first_label = of_class.setdefault(classes[row], (row, label))
+        if first_label != label:
+            raise ValueError(
+                f"rows {first} and {row} have labels {first_label} and {label} in episode {number}, but the dataset "
+                f"has both in class {classes[row]}: {remedy}"
+            )
