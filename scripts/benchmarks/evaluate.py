@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import ClassLabel, Dataset, Features, Video
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,10 +19,9 @@ from dmgal_hf.data import EpisodeVideos, collate_episodes, encode_clips, load_mo
 from dmgal_hf.model.video_decoding import read_frames
 from dmgal_hf.training import evaluate_episodes
 
-from .adapter import clip_config
-from .data import KINETICS, ClipKind, write_clip
+from .data import KINETICS, ClipKind, as_dataset, write_clip
 from .measuring import NUM_FRAMES, OURS, BenchmarkArguments, Contender, Count, Group, Run
-from .train import SHAPES, TINY
+from .models import SHAPES, SHAPES_CROP, TINY, clip_config
 
 CLIP = ClipKind("MP4, H.264, 96 frames", ".mp4", "libx264", 256, 340, 96, 30, KINETICS.options)
 CLIPS_TOGETHER = 8  # in the pass over all clips
@@ -55,36 +54,24 @@ def split_protocol(arguments: BenchmarkArguments) -> Protocol:
 
 
 def make_split(arguments: BenchmarkArguments, protocol: Protocol) -> Dataset:
-    """A file for every clip, written unless it is there."""
+    """A file for every clip."""
     folder = Path(arguments.folder) / f"evaluate{'_small' if arguments.small else ''}"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number}{CLIP.suffix}" for number in range(protocol.classes * protocol.clips)]
-    missing = [path for path in paths if not path.exists()]
+    numbers, kind = range(protocol.classes * protocol.clips), CLIP.reduced() if arguments.small else CLIP
+    paths = [folder / f"{number}{CLIP.suffix}" for number in numbers]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(functools.partial(_write, arguments.small), missing, chunksize=8))
-    names = [str(number) for number in range(protocol.classes)]
-    features = Features({"video": Video(decode=False), "label": ClassLabel(names=names)})
-    labels = [number // protocol.clips for number in range(len(paths))]
-    return Dataset.from_dict({"video": [str(path) for path in paths], "label": labels}, features=features)
-
-
-def _write(small: bool, path: Path) -> None:
-    aside = path.with_name(f"aside{path.name}")
-    write_clip(aside, CLIP.reduced() if small else CLIP, int(path.stem))
-    aside.rename(path)
+        list(pool.map(write_clip, paths, [kind] * len(paths), numbers, chunksize=8))
+    return as_dataset([str(path) for path in paths], protocol.classes)
 
 
 def make_model(arguments: BenchmarkArguments, paradigm: str) -> tuple[DmgalModel, DmgalVideoProcessor]:
     """Those of the quick starts, away from their start, so that supports and queries matter to each other."""
-    fields = {**SHAPES[paradigm], **(TINY[paradigm] if arguments.small else {})}
-    crop = fields.pop("crop_size")
+    fields, crop = (TINY[paradigm], 32) if arguments.small else (SHAPES[paradigm], SHAPES_CROP[paradigm])
     torch.manual_seed(0)
     model = DmgalModel(DmgalConfig(paradigm=paradigm, num_frames=NUM_FRAMES, **fields)).to(arguments.device).eval()
     for name, parameter in model.named_parameters():
         if ".up." in name or "gamma" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    if arguments.small:
-        crop = 32
     return model, DmgalVideoProcessor(num_frames=NUM_FRAMES, size=crop * 9 // 8, crop_size=crop)
 
 

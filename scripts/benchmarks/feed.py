@@ -4,12 +4,11 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
@@ -30,7 +29,7 @@ from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArgu
 
 from .data import KINETICS, make_clips
 from .measuring import NUM_FRAMES, BenchmarkArguments, Contender, Group, Run, on_gpu
-from .train import FULL, TINY
+from .models import FULL, TINY
 
 WAY, SHOT, QUERY = 5, 1, 4
 CACHES = {"JPEG cache": "jpeg", "raw cache": "raw"}
@@ -100,9 +99,11 @@ def prepare_run(arguments: BenchmarkArguments, source: str, num_episodes: int, w
     resize, crop = (40, 32) if arguments.small else (256, 224)
     model = ModelArguments(paradigm="adapter", **(TINY if arguments.small else FULL)["adapter"])
     told: dict[str, Any] = {}
+    # accelerate takes a GPU where it sees one, unless it is told otherwise.
+    on_cpu = "false" if on_gpu(arguments.device) else "true"
 
     def call():
-        with tempfile.TemporaryDirectory() as folder, device_of_runs(arguments.device):
+        with tempfile.TemporaryDirectory() as folder, patch_environment(ACCELERATE_USE_CPU=on_cpu):
             settings = TrainArguments(
                 output_dir=folder, way=WAY, shot=SHOT, query=QUERY, num_episodes=num_episodes, learning_rate=1e-4,
                 validate_every=num_episodes, validation_episodes=1, test_episodes=0, checkpoint_every=num_episodes,
@@ -116,19 +117,6 @@ def prepare_run(arguments: BenchmarkArguments, source: str, num_episodes: int, w
         told.update(episodes_per_second=len(steps) / sum(seconds), data_wait_share=sum(waited) / sum(seconds))
 
     return Run(call, describe=lambda seconds: told, local=False)
-
-
-@contextmanager
-def device_of_runs(device: str) -> Iterator[None]:
-    """accelerate takes a GPU where it sees one, unless it is told otherwise."""
-    before = os.environ.get("ACCELERATE_USE_CPU")
-    os.environ["ACCELERATE_USE_CPU"] = "false" if on_gpu(device) else "true"
-    try:
-        yield
-    finally:
-        del os.environ["ACCELERATE_USE_CPU"]
-        if before is not None:
-            os.environ["ACCELERATE_USE_CPU"] = before
 
 
 def feed_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:

@@ -55,11 +55,6 @@ class Head(nn.Module):
         descriptors, keys = self.cross_attention.encode_support(support[None])
         return descriptors[0], self.cross_attention.describe(query, keys)[0][0]
 
-    def cross_all_maps(self, support: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole new maps of the queries, as the equations have them, and their mean afterwards."""
-        support, query, _ = self.cross_attention(support[None], query[None])
-        return support[0].mean((-1, -2)), query[0].mean((-1, -2))
-
 
 class PlainHead(nn.Module):
     """The equations of the paper and of the authors' code one after the other, in batched PyTorch, with our weights.
@@ -271,17 +266,15 @@ def head_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:
         skipped.append("bfloat16 (this processor has no instructions for it)")
     groups = []
     for title, method in (("S-MGA, mixer and C-MGA", "forward"), ("C-MGA alone", "cross")):
-        kinds = [(OURS, OURS, method), ("plain PyTorch", "plain", method)]
-        if method == "cross":
-            kinds.insert(1, (f"{OURS}, whole maps", OURS, "cross_all_maps"))
+        kinds = {OURS: OURS, "plain PyTorch": "plain"}
         if arguments.reference:
-            kinds.append(("the authors' modules", "authors", method))
+            kinds["the authors' modules"] = "authors"
         for step in ("forward", "forward and backward"):
             contenders = []
             for bfloat16 in precisions:
-                for name, kind, called in kinds:
+                for name, kind in kinds.items():
                     shown = f"{name}, bfloat16" if bfloat16 else name
-                    prepare = functools.partial(prepare_head, arguments, kind, called, step != "forward", bfloat16)
+                    prepare = functools.partial(prepare_head, arguments, kind, method, step != "forward", bfloat16)
                     contenders.append(Contender(shown, prepare, same_as=OURS if contenders else None))
             groups.append(Group(f"{title}: {step}", contenders))
     return groups, skipped

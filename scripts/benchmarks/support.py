@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import ResNetConfig, pipeline
+from transformers import pipeline
 
 from dmgal_hf import DmgalConfig, DmgalModel, DmgalSupport, DmgalVideoProcessor
 from dmgal_hf.inference.pipeline import TASK
 from dmgal_hf.inference.streaming import FRAMES_TOGETHER
 from dmgal_hf.model.video_decoding import read_frames_at
 
-from .adapter import clip_config
 from .data import KINETICS, write_clip
 from .measuring import NUM_FRAMES, BenchmarkArguments, Contender, Group, Run, as_graph, count_flops, on_gpu
+from .models import FULL, TINY, clip_config
 
 WINDOW, STRIDE = 2.0, 0.5  # seconds
 ADAPTERS = {"adapter": {}, "pooling adapter": {"support_pooling": 2}}
@@ -24,10 +24,7 @@ ADAPTERS = {"adapter": {}, "pooling adapter": {"support_pooling": 2}}
 def _support_config(kind: str, small: bool) -> DmgalConfig:
     if kind in ADAPTERS:
         return DmgalConfig(backbone_config=clip_config(small), paradigm="adapter", adapter_config=ADAPTERS[kind])
-    if small:
-        backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-        return DmgalConfig(backbone_config=backbone, motion_reduction=4)
-    return DmgalConfig(backbone_config=ResNetConfig())
+    return DmgalConfig(**(TINY if small else FULL)["ft"])
 
 
 @functools.lru_cache(maxsize=1)
@@ -103,10 +100,7 @@ def _long_video(arguments: BenchmarkArguments) -> tuple[str, int]:
     """A file of 30 frames a second like those of Kinetics, and its seconds."""
     seconds = 6 if arguments.small else 60
     path = Path(arguments.folder) / f"{seconds}_seconds.mp4"
-    if not path.exists():
-        kind = dataclasses.replace(KINETICS, num_frames=seconds * KINETICS.rate)
-        write_clip(path.with_name("aside.mp4"), kind, seed=0)
-        path.with_name("aside.mp4").rename(path)
+    write_clip(path, dataclasses.replace(KINETICS, num_frames=seconds * KINETICS.rate), seed=0)
     return str(path), seconds
 
 

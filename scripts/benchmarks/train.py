@@ -23,34 +23,13 @@ from transformers import AutoModel
 
 from dmgal_hf import DmgalConfig, DmgalModel
 
-from .adapter import clip_config
 from .head import load_official_model
 from .measuring import NUM_FRAMES, OURS, BenchmarkArguments, Contender, Group, Run, as_graph, count_flops, on_gpu
+from .models import FULL, SHAPES, SHAPES_CROP, TINY, clip_config
 
 WORKER = Path(__file__).with_name("train_worker.py")
 
 COMMON = {"way": 5, "shot": 1, "validation_episodes": 1, "augment": False, "learning_rate": 1e-4}
-TINY = {
-    "ft": {"backbone_config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
-                               "layer_type": "basic"}, "motion_reduction": 4},
-    "adapter": {"backbone_config": {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64,
-                                    "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
-                                    "patch_size": 8}, "adapter_config": {"reduction": 2}},
-}  # fmt: skip
-# Those of scripts/configs/motion_shapes_*.yaml.
-SHAPES = {
-    "ft": {"backbone_config": {"model_type": "resnet", "embedding_size": 32, "hidden_sizes": [32, 64],
-                               "depths": [1, 1], "layer_type": "basic"}, "motion_reduction": 2, "crop_size": 56},
-    "adapter": {"backbone_config": {"model_type": "clip_vision_model", "hidden_size": 96, "intermediate_size": 384,
-                                    "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 48,
-                                    "patch_size": 8}, "adapter_config": {"reduction": 2}, "crop_size": 48},
-}  # fmt: skip
-FULL = {
-    "ft": {"backbone_config": {"model_type": "resnet"}},
-    "adapter": {"backbone_config": {"model_type": "clip_vision_model", "hidden_size": 768, "intermediate_size": 3072,
-                                    "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224,
-                                    "patch_size": 16}, "adapter_config": {}, "frame_pooling": "cls"},
-}  # fmt: skip
 
 
 class Workers:
@@ -123,7 +102,8 @@ def cpu_groups(arguments: BenchmarkArguments) -> list[Group]:
     groups = []
     titles = {"ft": "DMGAL-FT, a small ResNet", "adapter": "DMGAL-Adapter, a small ViT"}
     for paradigm in ("ft",) if arguments.small else titles:
-        fields = {"paradigm": paradigm, "num_frames": 8, "query": 3, **SHAPES[paradigm]}
+        fields = {"paradigm": paradigm, "num_frames": 8, "query": 3, "crop_size": SHAPES_CROP[paradigm]}
+        fields |= SHAPES[paradigm]
         steps, episodes = 6, 4
         if arguments.small:
             fields, steps, episodes = {**fields, **TINY[paradigm], "query": 1, "crop_size": 32}, 1, 2
@@ -173,7 +153,7 @@ def prepare_lora(arguments: BenchmarkArguments, shot: int) -> Run:
 
 def prepare_official(arguments: BenchmarkArguments, bfloat16: bool) -> Run:
     torch.manual_seed(0)
-    backbone = AutoModel.from_config(DmgalConfig(backbone_config=FULL["ft"]["backbone_config"]).backbone_config)
+    backbone = AutoModel.from_config(DmgalConfig(**FULL["ft"]).backbone_config)
     model = load_official_model(arguments.reference, backbone).to(arguments.device).train()
     episode = make_episode(arguments.small, 1, arguments.device)
     frames = [episode[f"{part}_pixel_values"].flatten(0, 2) for part in ("support", "query")]

@@ -59,7 +59,6 @@ def test_head(benchmark, tmp_path, capsys):
     assert len(groups) == 4
     for rows in groups.values():  # outputs, or gradients of the maps, against the plain equations
         assert rows["plain PyTorch"]["difference"] < 2e-5
-    assert groups["C-MGA alone: forward"]["dmgal_hf, whole maps"]["difference"] < 2e-5
     assert any("--reference" in skipped for skipped in result["parts"]["head"]["skipped"])
 
 
