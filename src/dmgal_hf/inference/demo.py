@@ -7,10 +7,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import av
 from transformers import PreTrainedModel, pipeline
 
-from ..data.clip_looks import FRAMES_PER_SECOND
+from ..data.made_up_videos import _encode
 from ..data.motion_shapes import render_clip
 from ..data.splits import VIDEO_SUFFIXES
 from ..model.video_decoding import VideoDecodeError, probe_video
@@ -228,11 +227,5 @@ def write_examples(folder: Path) -> dict[str, list[str]]:
     for label, motion in EXAMPLES.items():
         examples[label] = [str(folder / f"{motion}_{index}.mp4") for index in range(3)]
         for index, path in enumerate(examples[label]):
-            with av.open(path, "w") as container:
-                stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "18"})
-                frames = render_clip(motion, index=index)
-                stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-                for frame in frames:
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-                container.mux(stream.encode())
+            Path(path).write_bytes(_encode(render_clip(motion, index=index)))
     return examples

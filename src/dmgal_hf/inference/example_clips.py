@@ -62,8 +62,23 @@ def _group_rows(dataset: "datasets.Dataset", video_column: str, label_column: st
     return classes
 
 
-def clip_digests(classes: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
-    return {name: _digest(video) for videos in classes.values() for name, video in videos.items()}
+def clip_digests(classes: Mapping[str, Mapping[str, Any]], seen: dict[str, str]) -> tuple[str | None, ...]:
+    """
+    One a clip. Warns of a video that is an example of two classes; `seen` has the labels of clips that are there
+    already by their digests.
+    """
+    digests = []
+    for label, videos in classes.items():
+        for name, video in videos.items():
+            digests.append(digest := _digest(video))
+            if digest is not None and seen.setdefault(digest, label) != label:
+                shown = os.fspath(video) if isinstance(video, (str, os.PathLike)) else name
+                warnings.warn(
+                    f"{shown} is an example of {label!r}, and the same video is one of {seen[digest]!r}: the two "
+                    "cannot be told apart by it",
+                    stacklevel=3,
+                )
+    return tuple(digests)
 
 
 def _digest(video: Any) -> str | None:
@@ -78,17 +93,3 @@ def _digest(video: Any) -> str | None:
             return file_digest(path)
         return hashlib.sha256((os.path.realpath(path) if os.path.exists(path) else path).encode()).hexdigest()
     return hashlib.sha256(video).hexdigest() if isinstance(video, (bytes, bytearray, memoryview)) else None
-
-
-def warn_of_repeats(classes: Mapping[str, Mapping[str, Any]], digests: Mapping[str, str | None], seen: dict[str, str]):
-    """`seen`: labels by the digests of clips that are there already."""
-    for label, videos in classes.items():
-        for name, video in videos.items():
-            digest = digests[name]
-            if digest is not None and seen.setdefault(digest, label) != label:
-                shown = os.fspath(video) if isinstance(video, (str, os.PathLike)) else name
-                warnings.warn(
-                    f"{shown} is an example of {label!r}, and the same video is one of {seen[digest]!r}: the two "
-                    "cannot be told apart by it",
-                    stacklevel=3,
-                )

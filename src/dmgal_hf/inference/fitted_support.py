@@ -102,7 +102,7 @@ def of_classes(fitted: FittedSupport, left: tuple[str, ...]) -> FittedSupport:
 
 def check_same_size(first: DmgalSupport, other: DmgalSupport):
     sizes = [
-        {name: state.shape[-2] // part.features.shape[1] for name, state in part.states.items() if state.ndim > 1}
+        {name: state.shape[-2] // part.features.shape[1] for name, state in part.states.items()}
         for part in (first, other)
     ]
     if sizes[0] != sizes[1] or first.features.shape[2:] != other.features.shape[2:]:

@@ -24,7 +24,7 @@ from .classifier_models import (
     find_processor,
     kept_model_id,
 )
-from .example_clips import clip_digests, read_classes, warn_of_repeats
+from .example_clips import clip_digests, read_classes
 from .fitted_support import (
     FittedSupport,
     answer,
@@ -247,14 +247,13 @@ class FewShotVideoClassificationPipeline(Pipeline):
         distance = check_unknown(None if auto else unknown, classes, reserve=unknown is not None)
         check_clips_for_unknown(unknown, classes)
         text_embeds = self._embed_names(list(classes), descriptions, text_weight)
-        digests = clip_digests(classes)
-        warn_of_repeats(classes, digests, {})
+        digests = clip_digests(classes, {})
         encoded, pixel_values = self._encode(classes, auto, batch_size)
         labels = tuple(classes)
         fitted = FittedSupport(
             labels=labels,
             support=numbered(encoded, [labels.index(label) for label in classes for _ in classes[label]], len(labels)),
-            digests=tuple(digests.values()),
+            digests=digests,
             pixel_values=pixel_values,
             unknown=distance,
             auto=auto,
@@ -291,7 +290,6 @@ class FewShotVideoClassificationPipeline(Pipeline):
                 "the threshold of this loaded support set cannot be set anew: with Cmga-Adapters that takes all "
                 "clips, and they are not saved. Fit again with all clips, or set `unknown` to a distance."
             )
-        digests = clip_digests(classes)
         text_embeds, new = old.text_embeds, [label for label in classes if label not in old.labels]
         if with_text and new:
             class_texts([*old.labels, *new], descriptions, self.model.config.text_templates)
@@ -299,7 +297,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         elif descriptions:
             self._embed_names(new, descriptions, float(with_text))
         numbers = old.support.labels[0].tolist()
-        warn_of_repeats(classes, digests, {d: old.labels[n] for d, n in zip(old.digests, numbers) if d is not None})
+        digests = clip_digests(classes, {d: old.labels[n] for d, n in zip(old.digests, numbers) if d is not None})
         encoded, pixel_values = self._encode(classes, old.auto, batch_size)
         check_same_size(old.support, encoded)
         labels = tuple(dict.fromkeys([*old.labels, *classes]))
@@ -308,7 +306,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
             old,
             labels=labels,
             support=numbered(DmgalSupport.cat([old.support, encoded]), numbers, len(labels)),
-            digests=old.digests + tuple(digests.values()),
+            digests=old.digests + digests,
             pixel_values=torch.cat([old.pixel_values, pixel_values]) if needs_clips else None,
             text_embeds=text_embeds,
         )

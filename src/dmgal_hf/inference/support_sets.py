@@ -25,8 +25,10 @@ SUPPORT_FILE, ABOUT_FILE = "support.safetensors", "support.json"
 SUPPORT_FORMAT = 1
 
 _ABOUT_FIELDS = {"labels": list, "unknown": (int, float, type(None)), "unknown_is_auto": bool,
-                 "temperature": (int, float), "clip_digests": list, "model": (str, type(None)),
-                 "revision": (str, type(None)), "dtype": str, "fingerprint": str}  # fmt: skip
+                 "temperature": (int, float), "text_weight": (int, float), "clip_digests": list,
+                 "model": (str, type(None)), "model_fields": (dict, type(None)), "revision": (str, type(None)),
+                 "dtype": str, "fingerprint": str}  # fmt: skip
+_YOUNGER_FIELDS = {"text_weight": 0.0, "model_fields": None}  # than the format: what a file without them means
 
 TEXT_PROTOTYPES = "text.classes"  # among the tensors of a kept support set
 
@@ -122,7 +124,7 @@ def read_support(about: dict[str, Any], path: Path) -> tuple[DmgalSupport, torch
     try:
         support = DmgalSupport.load(path)
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): fit again from the clips, and save") from error
+        raise _damaged(path, error) from error
     # The hash is younger than the format.
     same = "tensors" not in about or about["tensors"] == file_digest(path)
     if not same or (support.way, support.labels.numel()) != (len(about["labels"]), len(about["clip_digests"])):
@@ -142,42 +144,28 @@ def check_kept_support(support: DmgalSupport, one: DmgalSupport, path: Path, tex
     """
 
     def refuse(name: str, problem: str):
-        raise ValueError(f"{path} is damaged ({name}: {problem}): fit again from the clips, and save")
+        raise _damaged(path, f"{name}: {problem}")
 
     if support.states.keys() != one.states.keys():
         refuse("states", f"{sorted(support.states)} in place of {sorted(one.states)}")
     empty = text_embeds is not None and not support.labels.numel()
     clips = max(1, support.labels.numel())
     pairs = {"features": (support.features, one.features, 1), "labels": (support.labels, one.labels, 1)}
-    pairs |= {name: (state, one.states[name], -2) for name, state in support.states.items() if name != "num_support"}
+    pairs |= {name: (state, one.states[name], -2) for name, state in support.states.items()}
     for name, (found, like, axis) in pairs.items():
-        shapes = [list(tensor.shape) for tensor in (found, like)]
-        if (
-            found.dtype != like.dtype
-            or found.ndim != like.ndim
-            or (0 in found.shape and not empty)
-            or found.shape[axis] % clips
-        ):
-            refuse(
-                name, f"{found.dtype} of shape {shapes[0]}, where the model gives {like.dtype} of {shapes[1]} a clip"
-            )
-        for shape in shapes:
-            del shape[axis]
-        if shapes[0] != shapes[1]:
-            refuse(name, f"a shape of {list(found.shape)}, where the model gives {list(like.shape)} a clip")
+        kinds = [(tensor.dtype, tensor.shape[:axis], tensor.shape[axis + 1 :]) for tensor in (found, like)]
+        if kinds[0] != kinds[1] or (0 in found.shape and not empty) or found.shape[axis] % clips:
+            shapes = [f"{tensor.dtype} of {list(tensor.shape)}" for tensor in (found, like)]
+            refuse(name, f"{shapes[0]}, where the model gives {shapes[1]} a clip")
         if not found.isfinite().all():
             refuse(name, "NaN or infinity")
     if text_embeds is not None:
         like = (support.way, one.states["text.videos"].shape[-1]) if "text.videos" in one.states else None
         if tuple(text_embeds.shape) != like or not text_embeds.isfinite().all():
             refuse(TEXT_PROTOTYPES, f"{list(text_embeds.shape)} in place of {like}, or NaN or infinity")
-    with_clips = sorted(set(support.labels[0].tolist()))
-    if with_clips != list(range(support.way)) and (
-        text_embeds is None or not set(with_clips) <= set(range(support.way))
-    ):
+    with_clips, classes = set(support.labels[0].tolist()), set(range(support.way))
+    if not with_clips <= classes or (with_clips < classes and text_embeds is None):
         refuse("labels", f"not the numbers 0 to {support.way - 1}")
-    if support.states.get("num_support", torch.tensor([clips])).tolist() != [clips]:
-        refuse("num_support", f"not {clips}")
 
 
 def find_support(
@@ -201,29 +189,33 @@ def find_support(
     try:
         fields = json.loads(about.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{about} is damaged ({error}): fit again from the clips, and save") from error
+        raise _damaged(about, error) from error
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if version != SUPPORT_FORMAT:
         raise ValueError(
             f"{about} has format version {version!r}; this release of dmgal_hf reads {SUPPORT_FORMAT}. Update it with "
             "`pip install -U dmgal-hf`, or fit again."
         )
+    fields = _YOUNGER_FIELDS | fields
     for name, kind in _ABOUT_FIELDS.items():
-        problem = f"no {name!r}" if name not in fields else f"{name!r} is {fields[name]!r}"
-        if name not in fields or not isinstance(fields[name], kind):
-            raise ValueError(f"{about} is damaged ({problem}): fit again from the clips, and save")
+        if name not in fields:
+            raise _damaged(about, f"no {name!r}")
+        if not isinstance(fields[name], kind):
+            raise _damaged(about, f"{name!r} is {fields[name]!r}")
     try:
-        check_text_weight(fields.setdefault("text_weight", 0.0))
-        if not isinstance(fields.setdefault("model_fields", None), dict | None):
-            raise ValueError(f"'model_fields' is {fields['model_fields']!r}")
+        check_text_weight(fields["text_weight"])
     except ValueError as error:
-        raise ValueError(f"{about} is damaged ({error}): fit again from the clips, and save") from error
+        raise _damaged(about, error) from error
     labels, digests = fields["labels"], fields["clip_digests"]
     if len(labels) < 2 or len(set(map(str, labels))) < len(labels) or not all(isinstance(one, str) for one in labels):
-        raise ValueError(f"{about} is damaged ('labels' are no two names or more): fit again from the clips, and save")
+        raise _damaged(about, "'labels' are no two names or more")
     if not all(isinstance(digest, str | None) for digest in digests):
-        raise ValueError(f"{about} is damaged ('clip_digests' are no texts): fit again from the clips, and save")
+        raise _damaged(about, "'clip_digests' are no texts")
     return fields, tensors
+
+
+def _damaged(path: Path, problem: object) -> ValueError:
+    return ValueError(f"{path} is damaged ({problem}): fit again from the clips, and save")
 
 
 def support_card(repo_id: str, base_model: str | None, shots: Mapping[str, int]) -> str:

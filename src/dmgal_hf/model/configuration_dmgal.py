@@ -241,14 +241,13 @@ class DmgalConfig(PreTrainedConfig):
         scales = self.motion_scales
         if not isinstance(scales, (list, tuple)) or set(scales) - {"half", "full"} or len(set(scales)) < len(scales):
             raise ValueError(f"motion_scales must list 'half' and 'full' at most once each, got {scales!r}.")
-        if self.adapter_config is not None and not isinstance(self.adapter_config, dict):
-            raise ValueError(
-                f"adapter_config must be a dict of MgaConfig fields or null, got {self.adapter_config!r}."
-            )
-        if self.adapter_config is not None:
-            read_adapter_config(self.adapter_config)
-        if self.paradigm == "ft" and self.adapter_config is not None:
-            raise ValueError("adapter_config needs paradigm='adapter'; with paradigm='ft' leave it out.")
+        adapters = self.adapter_config
+        if adapters is not None:
+            if not isinstance(adapters, dict):
+                raise ValueError(f"adapter_config must be a dict of MgaConfig fields or null, got {adapters!r}.")
+            read_adapter_config(adapters)
+            if self.paradigm == "ft":
+                raise ValueError("adapter_config needs paradigm='adapter'; with paradigm='ft' leave it out.")
         if self.paradigm == "ft" and self.frame_pooling == "cls":
             raise ValueError(
                 "frame_pooling must be 'mean' with paradigm='ft', got 'cls': S-MGA and C-MGA work on the patches."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftType
@@ -98,45 +98,23 @@ class MgaConfig(PeftConfig):
     ```
     """
 
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names (list or regular expression) of the transformer blocks; None finds them."},
-    )
-    smga_layers: list[int] | None = field(
-        default=None, metadata={"help": "Blocks with an Smga-Adapter; None: all without a Cmga-Adapter, []: none."}
-    )
-    cmga_layers: list[int] | None = field(
-        default=None, metadata={"help": "Blocks with a Cmga-Adapter; None: the last block, []: none."}
-    )
-    width: int | None = field(
-        default=None, metadata={"help": "Inner width; None: the backbone's width divided by reduction."}
-    )
-    reduction: int = field(default=4, metadata={"help": "Divisor of the backbone's width where width is None."})
-    directions: str = field(default="both", metadata={"help": "Motion differences: both, forward or backward."})
-    attention: bool = field(default=True, metadata={"help": "Motion-guided attention; False: the values alone."})
-    support_pooling: int = field(
-        default=1,
-        metadata={"help": "Side of the squares of support patches that queries read as one; 1: every patch."},
-    )
-    num_frames: int = field(default=8, metadata={"help": "Frames a video, for calls that do not pass num_frames."})
-    num_prefix_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens before the patch tokens; None: known from the backbone's config."}
-    )
-    activation: str = field(default="gelu", metadata={"help": "Activation before the up-projection."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout after the activation, while training."})
-    init_weights: bool = field(
-        default=True, metadata={"help": "Start as the identity; False starts the up-projection at random."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train and to save with the adapter."}
-    )
-    backbone_width: int | None = field(
-        default=None, metadata={"help": "Width of the backbone the adapter was made for; filled in automatically."}
-    )
-    backbone_depth: int | None = field(
-        default=None, metadata={"help": "Number of blocks the adapter was made for; filled in automatically."}
-    )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of this format."})
+    target_modules: list[str] | str | None = None
+    smga_layers: list[int] | None = None
+    cmga_layers: list[int] | None = None
+    width: int | None = None
+    reduction: int = 4
+    directions: str = "both"
+    attention: bool = True
+    support_pooling: int = 1
+    num_frames: int = 8
+    num_prefix_tokens: int | None = None
+    activation: str = "gelu"
+    dropout: float = 0.0
+    init_weights: bool = True
+    modules_to_save: list[str] | None = None
+    backbone_width: int | None = None
+    backbone_depth: int | None = None
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self):
         super().__post_init__()

@@ -536,7 +536,6 @@ class DmgalModel(DmgalPreTrainedModel):
         """
         if self.text_head is None:
             check_has_text_tower(self.config.backbone_config)
-        self._check_text_head()
         texts = class_texts(labels, descriptions, self.config.text_templates)
         tower, tokenizer = self._load_text_tower()
         return embed_classes(tower.to(self.device), tokenizer, texts)

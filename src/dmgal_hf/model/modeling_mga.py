@@ -138,9 +138,6 @@ class MgaLayer(nn.Module, BaseTunerLayer):
                 return parameter.device, parameter.dtype
         return None, None
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError(WHY_NOT_MERGED)
-
     def unmerge(self) -> None:
         raise NotImplementedError(WHY_NOT_MERGED)
 
@@ -354,9 +351,6 @@ class MgaModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
-        raise NotImplementedError(WHY_NOT_MERGED)
-
-    def unmerge_adapter(self) -> None:
         raise NotImplementedError(WHY_NOT_MERGED)
 
     def unload(self) -> nn.Module:

@@ -326,23 +326,13 @@ class SmgaAdapter(nn.Module):
         return images.permute(0, 2, 3, 1).reshape(tokens.shape)
 
     def gather(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        layout: EpisodeLayout,
-        supports: dict[str, torch.Tensor] | None,
-        supports_per_episode: tuple[int, ...] | None,
-        keep_supports: bool,
+        self, keys: torch.Tensor, values: torch.Tensor, layout: EpisodeLayout, *of_supports: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
-        """Y of keys (N, P, directions, d) and values (N, P, d): each frame reads itself."""
-        read = self._attend(keys.transpose(1, 2), keys.transpose(1, 2), values)
+        """Y of keys (N, P, directions, d) and values (N, P, d): each frame reads itself, whatever the supports."""
+        heads = keys.transpose(1, 2)  # the directions, with the same values
+        of_heads = values.unsqueeze(1).expand(-1, heads.shape[1], -1, -1)
+        read = F.scaled_dot_product_attention(heads, heads, of_heads).mean(dim=1)
         return torch.addcmul(values, self.gamma.to(values), read), None
-
-    @staticmethod
-    def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Mean over the directions (as heads with the same values) of softmax(Q K^T / sqrt(d)) V."""
-        values = values.unsqueeze(1).expand(-1, keys.shape[1], -1, -1)
-        return F.scaled_dot_product_attention(queries, keys, values).mean(dim=1)
 
 
 def _linear(layer: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
@@ -384,7 +374,7 @@ class CmgaAdapter(SmgaAdapter):
         keep_supports: bool,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
         if layout.num_support is None:
-            return super().gather(keys, values, layout, supports, supports_per_episode, keep_supports)
+            return super().gather(keys, values, layout)
         episodes = (layout.num_episodes, layout.num_videos, layout.num_frames)
         keys, values = keys.unflatten(0, episodes), values.unflatten(0, episodes)  # (B, V, T, P, ...)
         if supports is None:

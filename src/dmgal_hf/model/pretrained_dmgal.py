@@ -56,18 +56,13 @@ class DmgalPreTrainedModel(PreTrainedModel):
         elif isinstance(module, TextHead):
             init.constant_(module.logit_scale, math.log(1 / 0.07))
             init.zeros_(module.logit_bias)
-        elif isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-            if isinstance(module, nn.BatchNorm2d):
-                init.zeros_(module.running_mean)
-                init.ones_(module.running_var)
-                init.zeros_(module.num_batches_tracked)
         elif isinstance(module, SelfMotionAttention):
             init.zeros_(module.gamma)
         elif isinstance(module, CrossMotionAttention):
             init.zeros_(module.gamma_self)
             init.zeros_(module.gamma_cross)
+        else:
+            super()._init_weights(module)  # norms
 
     def _freeze(self):
         """Paradigm "adapter": what peft made trainable remains so, and nothing else. The text head never is."""
