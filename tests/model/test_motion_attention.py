@@ -281,6 +281,18 @@ def test_without_gradients_frames_take_turns_with_the_same_descriptors(monkeypat
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("scale", [1, 5, 30])  # of the norm: the largest score is 72 or less but for the last
+def test_descriptors_hold_where_scores_are_large(scale):
+    module = random_module(CrossMotionAttention(make_config(motion_reduction=4), 16)).eval()
+    module.norm.weight.fill_(scale)
+    module.norm.bias.zero_()
+    support, query = torch.randn(2, 3, 4, 16, 4, 5), torch.randn(2, 5, 4, 16, 4, 5)
+    keys = module.encode_support(support)[1]
+    expected = module.attend(query, keys)[0].mean((-1, -2))
+    torch.testing.assert_close(module.describe(query, keys)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_cross_attention_follows_the_support_it_is_told_of():
     """The attention's support axis is in the order of the supports, and episodes do not see each other."""
     module = random_module(CrossMotionAttention(make_config(motion_reduction=4), 16)).eval()

@@ -7,6 +7,7 @@ the attention without a copy.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -473,8 +474,11 @@ class CrossMotionAttention(nn.Module):
             queries = max(SCORES_IN_CACHE * torch.get_num_threads() // scores, 1)
             frames = max(queries // num_queries, 1)
         again = torch.is_grad_enabled() and queries < num_queries
+        mean = partial(self._mean_attention, num_keys=num_keys, again=again)
+        if motion.device.type == "cpu" and self._goes_unshifted(motion.dtype):
+            mean = self._mean_attention_unshifted
         means = [
-            torch.cat([self._mean_attention(turn, keys, num_keys, again) for turn in of_frames.split(queries, 3)], 2)
+            torch.cat([mean(turn, keys) for turn in of_frames.split(queries, 3)], 2)
             for of_frames, keys in zip(motion.split(frames, 2), key_motion.split(frames, 2))
         ]
         return torch.cat(means, 1)[0].unflatten(0, batch)
@@ -491,6 +495,27 @@ class CrossMotionAttention(nn.Module):
         if again:
             return checkpoint(mean, motion, key_motion, use_reentrant=False)
         return mean(motion, key_motion)
+
+    def _goes_unshifted(self, dtype: torch.dtype) -> bool:
+        """Whether this is inference in float32, and 2**score stays far within it: the norm bounds the scores."""
+        calm = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if not calm or dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+        width = self.motion.width
+        longest = math.sqrt(width) * self.norm.weight.abs().max() + self.norm.bias.norm()
+        return bool(longest**2 / math.sqrt(width) * math.log2(math.e) < 90)
+
+    @staticmethod
+    def _mean_attention_unshifted(motion: torch.Tensor, key_motion: torch.Tensor) -> torch.Tensor:
+        """
+        [`_mean_attention`] on a CPU, in half the time: exp2 is twice as fast as exp, and what softmax would divide
+        each weight by is left to the product that takes the mean.
+        """
+        num_patches, scale = motion.shape[4], math.log2(math.e) / math.sqrt(motion.shape[-1])
+        weights = ((motion.flatten(3, 4) * scale) @ key_motion.transpose(-1, -2)).exp2_()
+        shares = weights.sum(-1).mul_(len(motion) * num_patches).reciprocal_()  # (directions, B, T, Q·P)
+        means = shares.unflatten(3, (-1, 1, num_patches)) @ weights.unflatten(3, (-1, num_patches))
+        return means.squeeze(4).sum(0)
 
     def _keys(self, support: torch.Tensor, values: torch.Tensor) -> CrossMotionKeys:
         return CrossMotionKeys(self._motion(support).flatten(3, 4), patches(values).transpose(1, 2).flatten(2, 3))
