@@ -73,6 +73,8 @@ def _choose_track(source: str, container: InputContainer) -> av.VideoStream:
     decodable = [stream for stream in streams if stream.codec_context is not None]
     if not decodable:
         raise VideoDecodeError(source, "FFmpeg has no decoder for its video stream", "Transcode it.")
+    if len(decodable) == 1:
+        return decodable[0]
     return max(decodable, key=lambda stream: (bool(stream.disposition & Disposition.default), _length(stream)))
 
 

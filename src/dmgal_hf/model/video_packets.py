@@ -42,28 +42,31 @@ def index_packets(
     source: str, context: av.VideoCodecContext, packets: Iterable[av.Packet], unpack: bool = False
 ) -> PacketIndex:
     facts_in, find_vops = facts_of(context), context.name == "mpeg4"
-    pts, facts, vops = array("q"), bytearray(), []
-    kept, size, complete, packet = [], 0, True, None
-    for packet in packets:
-        stamp = packet.pts
-        pts.append(NO_STAMP if stamp is None else stamp)
-        facts.append(facts_in(packet))
-        kept.append(packet)
-        size += packet.size
+    pts, facts, vops, last = array("q"), bytearray(), [], None
+    kept, size = [], 0
+
+    def note() -> None:
+        pts.extend([NO_STAMP if (stamp := packet.pts) is None else stamp for packet in kept])
+        LIMITS.check(source, "packets", len(pts))
+        facts.extend(map(facts_in, kept))
+        if find_vops and kept:
+            vops.append(_find_vops(kept))
+
+    for last in packets:
+        kept.append(last)
+        size += last.size
         if size > _KEPT_BYTES:
-            LIMITS.check(source, "packets", len(pts))
-            vops += [_find_vops(kept)] if find_vops else []
-            kept, size, complete = [], 0, False
-    LIMITS.check(source, "packets", len(pts))
-    vops += [_find_vops(kept)] if find_vops and kept else []
+            note()
+            kept, size = [], 0
+    note()
     packed = any((counts > 1).any() for counts, _ in vops)
     return PacketIndex(
         np.array(pts, np.int64),
         np.array(facts, np.uint8),
         np.concatenate([types for _, types in vops]) if vops else np.empty(0, np.int8),
         packed or unpack,
-        packet and packet.duration,
-        kept if complete else None,
+        last and last.duration,
+        kept if len(kept) == len(pts) else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from itertools import chain
+from itertools import chain, islice
 from math import isfinite
 from typing import BinaryIO
 
@@ -113,27 +113,23 @@ class VideoStream:
         """Put the wanted frames, decoding only what they need. False if what comes out is not what was promised."""
         wanted = {int(plan.pts[plan.shown[index]]): index for index in frames.missing}
         needed = {int(plan.shown[index]) for index in frames.missing}
+        stamps = plan.pts.tolist() if plan.restamped else None
         skips, whole = context.name in _SKIPS_EXACTLY, True
-        runs = iter(runs_of(plan, frames.missing))
-        run = next(runs)
-        for position, packet in enumerate(packets):
-            if position < run.begin:
-                continue
-            if plan.restamped:
-                packet.pts, packet.dts = int(plan.pts[position]), None
-            if skips and (position in needed) is not whole:
-                whole = not whole
-                context.skip_frame = "DEFAULT" if whole else "NONREF"
-            last = position + 1 == run.end
-            for part in (packet, None) if last else (packet,):
-                # the frames get no name: kept until the next are there, they would take more of the processor's cache
-                if not _put_planned(context, *decode_packet(context, part, self.errors), run.first, wanted, frames):
-                    return False
-            if last:
-                run = next(runs, None)
-                if run is None:
-                    break
+        packets, done = iter(packets), 0
+        for run in runs_of(plan, frames.missing):
+            if done:
                 context.flush_buffers()
+            together = chain(islice(packets, run.begin - done, run.end - done), [None])
+            for position, packet in enumerate(together, run.begin):
+                if packet is not None and stamps:
+                    packet.pts, packet.dts = stamps[position], None
+                if skips and packet is not None and (position in needed) is not whole:
+                    whole = not whole
+                    context.skip_frame = "DEFAULT" if whole else "NONREF"
+                # the frames get no name: kept until the next are there, they would take more of the processor's cache
+                if not _put_planned(context, *decode_packet(context, packet, self.errors), run.first, wanted, frames):
+                    return False
+            done = run.end
         return not frames.missing
 
     @contextmanager
@@ -213,14 +209,15 @@ def _put_planned(
     if said is not None:
         return False
     for frame in decoded:
-        if frame.pts is None or _has_fields(context, frame):
+        pts = frame.pts
+        if pts is None or _has_fields(context, frame):
             return False
-        if frame.pts < first:  # an open group of pictures: refers to the group before it, and is not wanted here
+        if pts < first:  # an open group of pictures: refers to the group before it, and is not wanted here
             continue
-        if frame.is_corrupt or (frame.pts == first and not frame.key_frame):
+        if frame.is_corrupt or (pts == first and not frame.key_frame):
             return False
-        if frame.pts in wanted:
-            frames.put(wanted[frame.pts], frame)
+        if pts in wanted:
+            frames.put(wanted[pts], frame)
     return True
 
 
