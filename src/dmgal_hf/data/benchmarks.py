@@ -546,21 +546,18 @@ def _all_entries(lists: Mapping[str, Sequence[ListedVideo]]) -> Iterable[ListedV
 
 def _to_dataset_dict(rows: Mapping[str, Sequence[tuple[str, str, str]]], class_names: Iterable[str]) -> DatasetDict:
     """Rows of (path, class name, video id) by split as datasets that share the class names."""
-    class_names = list(class_names)
-    number = {class_name: index for index, class_name in enumerate(class_names)}
-    features = Features(
-        {"video": Video(decode=False), "label": ClassLabel(names=class_names), "video_id": Value("string")}
-    )
-    return DatasetDict(
-        {
-            split: Dataset.from_dict(
-                {
-                    "video": [path for path, _, _ in entries],
-                    "label": [number[class_name] for _, class_name, _ in entries],
-                    "video_id": [video_id for _, _, video_id in entries],
-                },
-                features=features,
-            )
-            for split, entries in rows.items()
-        }
-    )
+    label = ClassLabel(names=list(class_names))
+    datasets = DatasetDict()
+    for split, entries in rows.items():
+        paths, classes, video_ids = ([entry[part] for entry in entries] for part in range(3))
+        datasets[split] = video_dataset(paths, label.str2int(classes), video_ids, label)
+    return datasets
+
+
+def video_dataset(
+    paths: list[str], labels: list[int], video_ids: list[str], label: ClassLabel, split: str | None = None
+) -> Dataset:
+    """A dataset of the columns that all here have."""
+    features = Features({"video": Video(decode=False), "label": label, "video_id": Value("string")})
+    columns = {"video": paths, "label": labels, "video_id": video_ids}
+    return Dataset.from_dict(columns, features=features, split=split)

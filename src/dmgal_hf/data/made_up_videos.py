@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, Video
+from datasets import ClassLabel, DatasetDict
 from huggingface_hub import constants
 from tqdm.auto import tqdm
 
+from .benchmarks import video_dataset
 from .clip_looks import FRAMES_PER_SECOND
 from .written_aside import written_aside
 
@@ -92,14 +93,13 @@ class MadeUpVideos(NamedTuple):
         self._make_missing(folder, preset, clips_per_class, seed, num_proc)
 
         label = ClassLabel(names=list(self.splits))
-        features = Features({"video": Video(decode=False), "label": label, "video_id": Value("string")})
         splits = DatasetDict()
         for split in ("train", "validation", "test"):
             clips = [(name, i) for name, own in self.splits.items() if own == split for i in range(clips_per_class)]
             paths = [str(folder / name / _clip_name(index)) for name, index in clips]
             ids = [f"{name}_{index:05d}" for name, index in clips]
-            columns = {"video": paths, "label": [name for name, _ in clips], "video_id": ids}
-            splits[split] = Dataset.from_dict(columns, features=features, split=split)
+            labels = label.str2int([name for name, _ in clips])
+            splits[split] = video_dataset(paths, labels, ids, label, split)
         return splits
 
     def _make_missing(self, folder: Path, preset: str, clips_per_class: int, seed: int, num_proc: int):

@@ -26,8 +26,7 @@ import signal
 import threading
 import uuid
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -37,7 +36,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, Video, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image as PilImage
 from tqdm.auto import tqdm
@@ -46,6 +45,7 @@ from ..model.extracted_frames import map_arrow_file
 from ..model.video_decoding import VideoDecodeError, probe_video, read_frames_at, segment_indices
 from ..model.video_processing_dmgal import RESAMPLE_MODES, resize_short_side
 from ..model.zip_archive import open_zip, split_zip_path
+from .benchmarks import video_dataset
 from .written_aside import replace_file, replace_folder, written_aside
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,8 @@ def load_prepared(output_dir: str | os.PathLike, resize: int | None = None) -> D
         )
     index = load_from_disk(str(output / "index"))
     _check_shards(output, index)
-    return DatasetDict({split: _readable(output, split, rows) for split, rows in index.items()})
+    has_cache = settings["frames"] != "none"
+    return DatasetDict({split: _readable(output, split, rows, has_cache) for split, rows in index.items()})
 
 
 def prepared_source(output_dir: str | os.PathLike) -> dict[str, Any]:
@@ -298,21 +299,20 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"{output} is no prepared folder, it holds {others[0]!r}: give an empty folder.")
         _replace_json(path, settings)
         return
-    there = _flatten(json.loads(path.read_text()))
-    here = _flatten(settings)
-    differing = [
-        f"{name} was {there.get(name)!r} and is {here.get(name)!r}"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    ]
-    if differing:
+    there = json.loads(path.read_text())
+    if differing := differences(there | there["source"], settings | settings["source"], {"source"}):
         raise ValueError(
             f"{output} was prepared otherwise: {'; '.join(differing)}. Restore these, or give another folder."
         )
 
 
-def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{name: value for name, value in settings.items() if name != "source"}, **settings["source"]}
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> list[str]:
+    """What an error says of the settings, but for the `free` ones, in which two runs differ."""
+    return [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if name not in free and before.get(name) != now.get(name)
+    ]
 
 
 def _replace_json(path: Path, value: Any) -> None:
@@ -362,8 +362,6 @@ def write_shard(folder: Path, clips: Iterable[Clip], settings: Mapping[str, Any]
     Reads `clips` and writes their records as one new Arrow file of `folder`, whole or not at all.
 
     Args:
-        folder (`Path`): where the file goes, under a name of its own.
-        clips (iterable of [`Clip`]): what to read.
         settings (`Mapping[str, Any]`): [`PrepareArguments.frame_settings`].
 
     Returns:
@@ -371,7 +369,7 @@ def write_shard(folder: Path, clips: Iterable[Clip], settings: Mapping[str, Any]
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: the frames of one clip are more than an Arrow file can hold.
+        ValueError: as [`read_clip`].
     """
     target = Path(folder) / f"{uuid.uuid4().hex}.arrow"
     number, schema = 0, RECORD_FEATURES.arrow_schema
@@ -440,17 +438,12 @@ def _encode(clip: torch.Tensor, settings: Mapping[str, Any]) -> Iterator[bytes]:
 # Index and report
 
 
-class Record(NamedTuple):
-    """Where the record of a clip lies, and its columns of `INFO_FEATURES`."""
-
-    cache_file: str
-    cache_row: int
-    info: dict[str, Any]
-
-
-def read_records(output: Path) -> dict[Clip, Record]:
-    """All records of a prepared folder; of two of one clip the first, by the name of the shard."""
-    records: dict[Clip, Record] = {}
+def read_records(output: Path) -> dict[Clip, dict[str, Any]]:
+    """
+    All records of a prepared folder: where each lies and its columns of `INFO_FEATURES`; of two of one clip the first,
+    by the name of the shard.
+    """
+    records: dict[Clip, dict[str, Any]] = {}
     columns = [name for name in RECORD_FEATURES if name != "frames"]
     for path in sorted((output / "shards").glob("*.arrow")):
         try:
@@ -461,12 +454,12 @@ def read_records(output: Path) -> dict[Clip, Record]:
             ) from error
         for number, row in enumerate(rows):
             clip = Clip(*(row.pop(name) for name in Clip._fields))
-            records.setdefault(clip, Record(path.name, number, row))
+            records.setdefault(clip, {**row, "cache_file": path.name, "cache_row": number})
     return records
 
 
 def _index(
-    videos: DatasetDict, rows: Mapping[str, list[tuple[str, int, str]]], records: Mapping[str, Record]
+    videos: DatasetDict, rows: Mapping[str, list[tuple[str, int, str]]], records: Mapping[str, dict[str, Any]]
 ) -> DatasetDict:
     index = DatasetDict()
     for split, found in rows.items():
@@ -475,24 +468,20 @@ def _index(
              **INFO_FEATURES, "cache_file": Value("string"), "cache_row": Value("int64")}
         )  # fmt: skip
         entries = [
-            {"path": path, "video_id": video_id, "label": label, **records[path].info,
-             "cache_file": records[path].cache_file, "cache_row": records[path].cache_row}
-            for path, label, video_id in found
-        ]  # fmt: skip
+            {"path": path, "video_id": video_id, "label": label, **records[path]} for path, label, video_id in found
+        ]
         columns = {name: [entry[name] for entry in entries] for name in features}
         index[split] = Dataset.from_dict(columns, features=features, split=videos[split].split)
     return index
 
 
 def _report(index: DatasetDict, read_now: int, kept: int) -> dict[str, Any]:
-    broken = []
-    for split, rows in index.items():
-        names = rows.features["label"].names
-        for number in _numbers(rows, broken=True):
-            row = rows[number]
-            broken.append(
-                {"split": split, "class": names[row["label"]], **{n: row[n] for n in ("video_id", "path", "error")}}
-            )
+    broken = [
+        {"split": split, "class": rows.features["label"].int2str(row["label"])}
+        | {name: row[name] for name in ("video_id", "path", "error")}
+        for split, rows in index.items()
+        for row in rows.select(_numbers(rows, broken=True))
+    ]
     return {"videos": sum(map(len, index.values())), "read_now": read_now, "kept": kept, "broken": broken}
 
 
@@ -510,24 +499,20 @@ def _check_shards(output: Path, index: DatasetDict) -> None:
         )
 
 
-def _readable(output: Path, split: str, rows: Dataset) -> Dataset:
+def _readable(output: Path, split: str, rows: Dataset, has_cache: bool) -> Dataset:
     """The rows of a split that are not broken, as the loaders give them."""
-    caches = json.loads((output / "settings.json").read_text())["frames"] != "none"
     label = rows.features["label"]
     kept = rows.select(_numbers(rows, broken=False))
     if len(kept) == 0 < len(rows):
         raise ValueError(f"no video of the split {split!r} in {output} can be read: see report.json there.")
     if len(kept) < len(rows):
-        before, after = Counter(rows["label"]), Counter(kept["label"])
-        emptied = [label.names[number] for number in sorted(before.keys() - after.keys())]
+        emptied = [label.names[number] for number in sorted(set(rows["label"]) - set(kept["label"]))]
         logger.warning(
             "%d of %d videos of the split %s are left out as broken%s: see %s",
             len(rows) - len(kept), len(rows), split,
             f", among them all of the classes {', '.join(emptied)}" if emptied else "", output / "report.json",
         )  # fmt: skip
     paths = kept["path"][:]
-    if caches:
+    if has_cache:
         paths = [f"{output / 'shards' / name}#{row}" for name, row in zip(kept["cache_file"], kept["cache_row"])]
-    features = Features({"video": Video(decode=False), "label": label, "video_id": Value("string")})
-    columns = {"video": paths, "label": kept["label"][:], "video_id": kept["video_id"][:]}
-    return Dataset.from_dict(columns, features=features, split=rows.split)
+    return video_dataset(paths, kept["label"][:], kept["video_id"][:], label, rows.split)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -27,15 +27,7 @@ class _Named:
     @property
     def given(self) -> frozenset[str]:
         """Fields that were named, or that are not at their defaults."""
-        return self.named | {
-            name for name, default in default_fields(type(self)).items() if getattr(self, name) != default
-        }
-
-
-def default_fields(group: type) -> dict[str, Any]:
-    """Those fields of a dataclass that have a default, with it."""
-    defaults = {one.name: one.default for one in fields(group) if one.default is not MISSING}
-    return defaults | {one.name: one.default_factory() for one in fields(group) if one.default_factory is not MISSING}
+        return self.named | {name for name, default in vars(type(self)()).items() if getattr(self, name) != default}
 
 
 @dataclass

@@ -21,8 +21,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from ..data.kept_clips import file_digest
+from ..data.preparation import differences
 from ..data.written_aside import replace_folder
-from .arguments import DataArguments, ModelArguments, TrainArguments, default_fields
+from .arguments import DataArguments, ModelArguments, TrainArguments
 
 logger = get_logger(__name__)
 
@@ -280,12 +281,8 @@ def differing_fields(before: dict[str, Any], now: dict[str, Any], free: set[str]
     """
     now = json.loads(json.dumps(now))
     for group in (DataArguments, ModelArguments, TrainArguments):
-        before = {name: value for name, value in default_fields(group).items() if name in now} | before
-    return [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if name not in free and before.get(name) != now.get(name)
-    ]
+        before = {name: value for name, value in vars(group()).items() if name in now} | before
+    return differences(before, now, free)
 
 
 # Set by the launchers of torch and accelerate. Other parents do not count: the shell behind nohup may go.
