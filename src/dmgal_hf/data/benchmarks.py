@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -29,6 +30,7 @@ from .splits import (
     clip_stem,
     draw_class_split,
     fetch_split_lists,
+    first_of,
     get_benchmark_lists,
     read_split_lists,
 )
@@ -165,9 +167,6 @@ def load_video_folder(
 def list_class_clips(root: str | os.PathLike) -> dict[str, list[str]]:
     """The clips of each class of a folder `root/<class>/...`, as [`load_video_folder`] finds them.
 
-    Args:
-        root (`str` or `os.PathLike`): the folder, or a zip archive, or `FILE.zip#/folder` inside one.
-
     Returns:
         `dict[str, list[str]]`: class name -> paths of its clips, both sorted.
 
@@ -193,16 +192,12 @@ def _clips_of(root: str, folders: Mapping[str, str]) -> dict[str, list[str]]:
 
 @dataclass
 class VideoScan:
-    """What lies below a folder, as sorted paths.
+    """What lies below a folder, as sorted paths."""
 
-    Attributes:
-        clips (`list[str]`): video files, zip archives, and folders of frames with neither videos nor folders in them;
-            in a zip archive, too, as `FILE.zip#/path/inside`.
-        unknown (`list[str]`): the rest but hidden files: other files, images beside videos, broken links, empty
-            folders.
-    """
-
+    # Video files, zip archives, and folders of frames with neither videos nor folders in them; in a zip archive, too,
+    # as `FILE.zip#/path/inside`.
     clips: list[str] = field(default_factory=list)
+    # The rest but hidden files: other files, images beside videos, broken links, empty folders.
     unknown: list[str] = field(default_factory=list)
 
 
@@ -263,14 +258,10 @@ def _entries(folder: str) -> Iterator[tuple[str, str]]:
 def find_videos(
     lists: Mapping[str, Sequence[ListedVideo]], root: str | os.PathLike, has_segments: bool = False
 ) -> dict[str, str]:
-    """Finds the file of every listed video.
+    """Finds the file of every listed video below a folder.
 
-    Args:
-        lists (`Mapping[str, Sequence[tuple[str, str]]]`): split -> (class name, video id).
-        root (`str` or `os.PathLike`): the folder to search.
-        has_segments (`bool`):
-            Ids are those of Kinetics: `<YouTube id>_<start>_<end>`, where a file or a list may leave out the segment.
-            Two different segments of one YouTube video are never taken for each other.
+    With `has_segments`, ids are those of Kinetics: `<YouTube id>_<start>_<end>`, where a file or a list may leave out
+    the segment. Two different segments of one YouTube video are never taken for each other.
 
     Returns:
         `dict[str, str]`: video id -> path, for those that were found.
@@ -345,9 +336,7 @@ def _handle_missing(
     min_clips: int,
 ) -> None:
     """Refuses missing videos, or warns about them and refuses only classes that are left too small."""
-    listed: dict[str, int] = {}
-    for class_name, _ in _all_entries(lists):
-        listed[class_name] = listed.get(class_name, 0) + 1
+    listed = Counter(class_name for class_name, _ in _all_entries(lists))
     report = _describe_missing(name, missing, listed, root)
     if not allow_missing:
         raise FileNotFoundError(f"{report}\nComplete the folder, or pass allow_missing=True to go on without them.")
@@ -356,7 +345,7 @@ def _handle_missing(
     if too_few:
         raise ValueError(
             f"{report}\nToo few clips are left for an episode, which needs min_clips={min_clips} of a class, in "
-            f"{len(too_few)} of {len(listed)} classes: {_first(too_few, 10)}. Complete these classes."
+            f"{len(too_few)} of {len(listed)} classes: {first_of(too_few, 10)}. Complete these classes."
         )
     logger.warning("%s\nGoing on without them.", report)
 
@@ -366,7 +355,7 @@ def _describe_missing(
 ) -> str:
     ranked = sorted(missing.items(), key=lambda item: (-len(item[1]), item[0]))
     lines = [
-        f"  {class_name}: {len(ids)} of {listed[class_name]} ({_first([repr(video_id) for video_id in ids], 3)})"
+        f"  {class_name}: {len(ids)} of {listed[class_name]} ({first_of([repr(video_id) for video_id in ids], 3)})"
         for class_name, ids in ranked[:limit]
     ]
     if len(ranked) > limit:
@@ -376,21 +365,12 @@ def _describe_missing(
     return "\n".join([head, *lines])
 
 
-def _first(texts: Sequence[str], limit: int) -> str:
-    return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
-
-
 def name_ssv2_classes(
     name: str,
     lists: Mapping[str, Sequence[ListedVideo]],
     class_labels: str | os.PathLike | Sequence[str | os.PathLike],
 ) -> dict[str, list[ListedVideo]]:
     """Replaces the class names of Something-Something lists by the templates that its label files give the videos.
-
-    Args:
-        name (`str`): the benchmark; only "ssv2-full" and "ssv2-small" have such label files.
-        lists (`Mapping[str, Sequence[tuple[str, str]]]`): split -> (class name, video id).
-        class_labels: one label file or several, each a JSON list of `{"id": ..., "template": ...}` (or `"label"`).
 
     Returns:
         `dict[str, list[tuple[str, str]]]`: the lists with `train8` replaced by, say, `Holding something`.
@@ -415,7 +395,7 @@ def name_ssv2_classes(
     unnamed = [class_name for class_name in dict(_all_entries(lists)) if class_name not in witness]
     if unnamed:
         raise ValueError(
-            f"class_labels name no video of {len(unnamed)} classes: {_first(unnamed, 10)}. Pass both train.json and "
+            f"class_labels name no video of {len(unnamed)} classes: {first_of(unnamed, 10)}. Pass both train.json and "
             "validation.json."
         )
     owner: dict[str, str] = {}
@@ -510,7 +490,7 @@ def _given_splits(root: str, folders: Sequence[str]) -> dict[str, dict[str, str]
 def _refuse_unknown(root: str, unknown: Sequence[str]) -> None:
     names = [os.path.relpath(path, root) for path in unknown]
     message = (
-        f"{len(unknown)} entries of {root} are no video: {_first(names, 10)}. Remove them, or hide them with a dot."
+        f"{len(unknown)} entries of {root} are no video: {first_of(names, 10)}. Remove them, or hide them with a dot."
     )
     if picture := next(filter(is_frame, names), None):
         message += f" {picture} is a picture, not a clip: put the frames of a clip into a folder or zip of their own."

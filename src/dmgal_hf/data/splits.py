@@ -41,15 +41,10 @@ ListedVideo = tuple[str, str]
 
 @dataclass(frozen=True)
 class BenchmarkLists:
-    """Where the lists of a benchmark lie in the authors' repository, and what they must be.
+    """Where the lists of a benchmark lie in the authors' repository, and what they must be."""
 
-    Attributes:
-        folder (`str`): sub-folder of `splits/`.
-        files (`Mapping[str, tuple[str, str]]`): split name -> (file name, SHA-256 of the file in hexadecimal).
-    """
-
-    folder: str
-    files: Mapping[str, tuple[str, str]]
+    folder: str  # of `splits/`
+    files: Mapping[str, tuple[str, str]]  # split -> (file name, SHA-256 of the file in hexadecimal)
 
 
 BENCHMARKS = {
@@ -130,9 +125,6 @@ def parse_split_list(path: str | os.PathLike) -> list[ListedVideo]:
     The number of frames, the number of the class, or both may follow on every line, as lists for other programs have
     them: `class/name.avi 3`, `class/name,405,0`. They are left out. One number after a space and an id without the
     suffix of a video (`class/bout 1`) is part of the id.
-
-    Args:
-        path (`str` or `os.PathLike`): a UTF-8 text file.
 
     Returns:
         `list[tuple[str, str]]`: (class name, video id) in the order of the lines.
@@ -217,11 +209,8 @@ def _refuse_repeated_ids(path, entries: Iterable[tuple[int, str, str | None, str
 def read_split_lists(folder: str | os.PathLike, name: str) -> dict[str, list[ListedVideo]]:
     """Reads the three lists of a benchmark and checks that they share neither a class nor a video.
 
-    Args:
-        folder (`str` or `os.PathLike`):
-            Holds one `train*.txt`, one `val*.txt` and one `test*.txt`, or the sub-folder of the authors' repository
-            that does (`ssv2_OTAM`, `ssv2_CMN`, `kinetics_CMN`, `hmdb_ARN`, `ucf_ARN`).
-        name (`str`): the benchmark, a key of `BENCHMARKS`.
+    `folder` holds one `train*.txt`, one `val*.txt` and one `test*.txt`, or the sub-folder of the authors' repository
+    that does (`ssv2_OTAM`, `ssv2_CMN`, `kinetics_CMN`, `hmdb_ARN`, `ucf_ARN`).
 
     Returns:
         `dict[str, list[tuple[str, str]]]`: "train", "validation", "test" -> what `parse_split_list` returns.
@@ -268,11 +257,8 @@ def check_splits_are_disjoint(
 ) -> None:
     """Raises a `ValueError` if two splits share a class or a video.
 
-    Classes that differ in case, spaces, underscores or brackets alone are the same class (`class_key`).
-
-    Args:
-        lists (`Mapping[str, Sequence[tuple[str, str]]]`): split -> (class name, video id).
-        sources (`Mapping[str, str | os.PathLike]`, *optional*): split -> where its list comes from, for the message.
+    Classes that differ in case, spaces, underscores or brackets alone are the same class (`class_key`). `sources` says
+    where the list of a split comes from, for the message.
     """
     sources = sources or {split: split for split in lists}
     for kind, column, key in (("class", 0, class_key), ("video", 1, str)):
@@ -285,15 +271,16 @@ def check_splits_are_disjoint(
                     shared[value] = (first, split)
         if shared:
             value, (first, second) = next(iter(shared.items()))
-            rest = f", and so are {len(shared) - 1} more: {_shorten(list(shared)[1:])}" if len(shared) > 1 else ""
+            others = [repr(name) for name in list(shared)[1:]]
+            rest = f", and so are {len(others)} more: {first_of(others, 5)}" if others else ""
             raise ValueError(
                 f"The {kind} {value!r} is in two splits, {sources[first]} and {sources[second]}{rest}. Training, "
                 f"validation and test must not share a {kind}."
             )
 
 
-def _shorten(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(repr(name) for name in names[:limit]) + (", ..." if len(names) > limit else "")
+def first_of(texts: Sequence[str], limit: int) -> str:
+    return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
 
 
 def fetch_split_lists(name: str, cache_dir: str | os.PathLike | None = None, base_url: str | None = None) -> Path:
@@ -301,14 +288,8 @@ def fetch_split_lists(name: str, cache_dir: str | os.PathLike | None = None, bas
 
     A list already in the cache is used if its SHA-256 is right, and fetched anew if not.
 
-    Args:
-        name (`str`): the benchmark, a key of `BENCHMARKS`.
-        cache_dir (`str` or `os.PathLike`, *optional*): defaults to `dmgal_hf/splits/<commit>` under `HF_HOME`.
-        base_url (`str`, *optional*): address of the folder that holds the benchmarks' folders, default
-            `SPLITS_BASE_URL`.
-
     Returns:
-        `Path`: the folder with the three lists.
+        `Path`: the folder with the three lists, by default in `dmgal_hf/splits/<commit>` under `HF_HOME`.
 
     Raises:
         ConnectionError: a list cannot be fetched, or `HF_HUB_OFFLINE` forbids it.
@@ -364,12 +345,8 @@ def draw_class_split(
     Every class gets a place in the order of the SHA-256 of seed and name, so the draw depends neither on the order in
     which a file system lists the classes nor on the version of a random number generator.
 
-    Args:
-        class_names (`Iterable[str]`): the classes, in any order.
-        seed (`int`): which draw.
-        fractions (`Sequence[float]`):
-            Shares of train, validation and test, sum 1. The default is that of the 64/12/24 benchmarks. A share above
-            0 gets at least one class, a share of 0 none and no split.
+    `fractions` are the shares of train, validation and test, by default those of the 64/12/24 benchmarks. A share
+    above 0 gets at least one class, a share of 0 none and no split.
 
     Returns:
         `dict[str, list[str]]`: split -> its class names, sorted; only splits with a share above 0.
