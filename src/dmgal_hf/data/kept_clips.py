@@ -123,8 +123,7 @@ class KeptClips:
 
     def bytes_of(self, part: str) -> int:
         """Bytes of a clip as "support" or as "query"."""
-        of_one = getattr(self, part)(self.rows[0])
-        return sum(tensor.numel() * tensor.element_size() for tensor in of_one.values())
+        return sum(tensor.nbytes for tensor in getattr(self, part)(self.rows[0]).values())
 
     def save(self, path: str | os.PathLike):
         """
@@ -351,7 +350,7 @@ class _Keeper:
             self.tensors[name][places.to(self.tensors[name].device)] = tensor.to(self.tensors[name].device)
 
     def _choose(self, clips: dict[str, torch.Tensor]):
-        a_clip = sum(tensor[0].numel() * tensor.element_size() for tensor in clips.values())
+        a_clip = sum(tensor[0].nbytes for tensor in clips.values())
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
         asked = math.inf if self.gigabytes is None else self.gigabytes * 1e9 / on_this_machine
         free = psutil.virtual_memory().available / on_this_machine

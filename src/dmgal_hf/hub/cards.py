@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..data.splits import BENCHMARKS
 from ..model.configuration_dmgal import DmgalConfig
 
 PAPER = "arXiv 2411.11335"
@@ -39,8 +40,7 @@ VIDEO_SOURCES = {
     "motion_shapes": VideoSource("motion shapes, made by dmgal_hf", "motion-shapes", "motion_shapes"),
     "puppets": VideoSource("puppets, made by dmgal_hf", "puppets", "puppets"),
 }
-# The releases that are intended, and what they start from.
-BENCHMARKS = ("ssv2-full", "ssv2-small", "kinetics-100", "hmdb51", "ucf101")
+# What the releases that are intended start from.
 RELEASE_BACKBONES = {"ft": "microsoft/resnet-50", "adapter": "openai/clip-vit-base-patch16"}
 RELEASE_FIELDS = {"ft": {}, "adapter": {"frame_pooling": "cls"}}
 # What an adapter's repository cannot hold and its user has to give, where it is not the default.
@@ -111,13 +111,7 @@ def render_model_card(
 
 
 def render_planned_card(paradigm: str, benchmark: str) -> ModelCard:
-    """
-    The card of an intended release, `dmgal-<paradigm>-<benchmark>`, before it is trained: it promises no number.
-
-    Args:
-        paradigm (`str`): "ft" or "adapter".
-        benchmark (`str`): one of [`BENCHMARKS`].
-    """
+    """The card of an intended release, `dmgal-<paradigm>-<benchmark>`, before it is trained: it promises no number."""
     return _model_card(
         name=f"org/dmgal-{paradigm}-{benchmark}",
         adapted="model.backbone",

@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from peft import get_peft_model_state_dict
@@ -179,7 +178,7 @@ def _public_json(path: Path, has_source: bool) -> bytes:
     training = content.get("training", {})
     if "broken_videos" in training:  # others need to know which, not where
         training["broken_videos"] = [Path(name).name for name in training["broken_videos"]]
-    return _as_json(content)
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _extract_adapters(folder: Path) -> dict[str, bytes]:
@@ -204,10 +203,6 @@ def _extract_adapters(folder: Path) -> dict[str, bytes]:
         adapter_config.save_pretrained(saved)
         content = (Path(saved) / "adapter_config.json").read_bytes()
     return {"adapter_model.safetensors": save(weights, metadata={"format": "pt"}), "adapter_config.json": content}
-
-
-def _as_json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _describe(files: dict[str, Path | bytes]) -> str:

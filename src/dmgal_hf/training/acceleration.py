@@ -29,20 +29,20 @@ def hold_frozen_backbone(network: DmgalModel, mixed_precision: str) -> None:
     Left to autocast: a backbone that trains, whose float32 weights are the master weights; one with adapters of
     another kind (LoRA), which compute in the dtype of their own weights; and float16, whose gradients need scaling.
 
-    Args:
-        network ([`DmgalModel`]): is changed in place, before it goes to its device.
-        mixed_precision (`str`): "no", "fp16" or "bf16".
+    The network is changed in place, before it goes to its device. `mixed_precision` is "no", "fp16" or "bf16".
     """
     backbone = network.backbone
     foreign = any(isinstance(part, BaseTunerLayer) and not isinstance(part, MgaLayer) for part in backbone.modules())
     if mixed_precision != "bf16" or network.config.paradigm != "adapter" or foreign:
         return
     kept: dict[str, torch.Tensor] = {}
-    for name, parameter, module in _parameters(backbone):
-        # A batch norm takes frames of another dtype than its own.
-        if parameter.dtype == torch.float32 and not parameter.requires_grad and not isinstance(module, _BatchNorm):
-            kept[name] = parameter.data
-            parameter.data = parameter.data.to(torch.bfloat16)
+    for prefix, module in backbone.named_modules():
+        if isinstance(module, _BatchNorm):  # it takes frames of another dtype than its own
+            continue
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.dtype == torch.float32 and not parameter.requires_grad:
+                kept[name] = parameter.data
+                parameter.data = parameter.data.to(torch.bfloat16)
 
     def give_back(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict) -> None:
         state.update({prefix + name: tensor for name, tensor in kept.items()})
@@ -63,12 +63,6 @@ def _blocks(backbone: nn.Module) -> Iterator[nn.Module]:
             yield from module.layers
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            yield f"{prefix}.{name}" if prefix else name, parameter, module
-
-
 def compile_regions(network: DmgalModel) -> None:
     """
     Has `torch.compile` make kernels for every kind of block once, when it is first called with a shape: the blocks of
@@ -80,8 +74,7 @@ def compile_regions(network: DmgalModel) -> None:
     float64 over four steps of SGD, and within 1e-5 of each other in float32. With dropout they differ from the first
     step on, in float64 too, since the compiler draws other masks: compare compiled runs with compiled ones.
 
-    Args:
-        network ([`DmgalModel`]): is changed in place; its weights and their names stay.
+    The network is changed in place; its weights and their names stay.
     """
     # A kind has versions for its widths, for supports and queries, for training and validation.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

@@ -101,7 +101,8 @@ def evaluate_episodes(
         # As many for every process, as with FSDP they wait for each other: one that is handed out twice counts once.
         for place in range(first, first + -(-len(batches) // step) * step, step):
             way, numbers = batches[place % len(batches)]
-            batch = _read(episodes, numbers)
+            columns = episodes[numbers]
+            batch = {name: torch.tensor(columns[name]) for name in EPISODE_FEATURES}  # (B, S) or (B, Q)
             logits = _score(network, kept, batch, way, accelerator.device)
             if place < len(batches):
                 tally.add(numbers, batch, logits)
@@ -139,11 +140,6 @@ def _fitting(kept: KeptClips, num_support: int, num_query: int, device: torch.de
     """Episodes whose clips, gathered for a forward pass, take BYTES_TOGETHER, but one at least."""
     an_episode = num_support * kept.bytes_of("support") + num_query * kept.bytes_of("query")
     return max(1, BYTES_TOGETHER.get(device.type, 64 * 10**6) // an_episode)
-
-
-def _read(episodes: Dataset, numbers: np.ndarray) -> dict[str, torch.Tensor]:
-    """Rows and labels of B episodes of one size, (B, S) or (B, Q)."""
-    return {name: torch.tensor(column) for name, column in episodes[numbers].items() if name in EPISODE_FEATURES}
 
 
 def _score(
@@ -222,14 +218,12 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
     if arguments.episodes is not None:
         lists = [({"episodes": arguments.episodes}, load_episodes(arguments.episodes, labels))]
     else:
-        draws = [
-            {"way": arguments.way, "shot": shot, "query": arguments.query, "seed": arguments.seed}
-            for shot in arguments.shot
-        ]
-        lists = [
-            (draw, sample_episodes(labels, **draw, num_episodes=arguments.num_episodes, class_names=names))
-            for draw in draws
-        ]
+        lists = []
+        for shot in arguments.shot:
+            draw = {"way": arguments.way, "shot": shot, "query": arguments.query, "seed": arguments.seed}
+            lists.append(
+                (draw, sample_episodes(labels, **draw, num_episodes=arguments.num_episodes, class_names=names))
+            )
     rows = np.concatenate([rows_of(episodes) for _, episodes in lists])
     kept = encode_clips(
         model, processor, videos, rows, data.num_workers, accelerator, arguments.kept_clips_gb, arguments.kept_clips,

@@ -162,9 +162,9 @@ def describe_result(data: DataArguments, model: ModelArguments, arguments: Train
     if videos is not None and (way := min(arguments.test_way or arguments.way, num_classes(videos))) > 1:
         names = videos.features["label"].names
         episode = EpisodeSource(videos["label"], way, arguments.shot, 1, arguments.seed)[0]
-        support = {names[videos[row]["label"]]: [] for row in episode["support"]}
+        support: dict[str, list[dict[str, Any]]] = {}
         for row in episode["support"]:
-            support[names[videos[row]["label"]]].append(videos[row]["video"])
+            support.setdefault(names[videos[row]["label"]], []).append(videos[row]["video"])
         clip = videos[episode["query"][0]]
         inputs = processor(support=support, query=[clip["video"]])
         with torch.no_grad():
