@@ -8,7 +8,7 @@ memory as long as there is room, and nothing is lost but time where there is not
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +95,19 @@ class FrameMemory:
 
     def _decode(self, video: Any, info: VideoInfo) -> np.ndarray:
         """All frames of a clip, (N, H, W, 3) uint8."""
-        at_once = max(1, _DECODED_AT_ONCE // (3 * info.height * info.width))
         parts = []
-        for start in range(0, info.num_frames, at_once):
-            frames = read_frames_at(video, list(range(start, min(start + at_once, info.num_frames))))
+        for frames in read_in_parts(video, info, range(info.num_frames)):
             if min(frames.shape[-2:]) > (self.short_side or math.inf):
                 frames = resize_short_side(frames, self.short_side, self.resample)
             parts.append(frames.permute(0, 2, 3, 1))
         return torch.cat(parts).numpy()
+
+
+def read_in_parts(video: Any, info: VideoInfo, numbers: Sequence[int]) -> Iterator[torch.Tensor]:
+    """The frames of these numbers, (n, 3, H, W) uint8, as many at a time as take a quarter of a GB."""
+    at_once = max(1, _DECODED_AT_ONCE // (3 * info.height * info.width))
+    for start in range(0, len(numbers), at_once):
+        yield read_frames_at(video, list(numbers[start : start + at_once]))
 
 
 def keep_frames(
@@ -116,7 +121,6 @@ def keep_frames(
 
     Args:
         datasets (mapping of `str` to `datasets.Dataset`): by name, each with a column `video`.
-        processor ([`DmgalVideoProcessor`]): as in [`FrameMemory`].
         part (`float`): of the memory of the machine, or of the container; 0 keeps nothing.
         folder (`Path`): where a folder for each goes.
 

@@ -42,10 +42,11 @@ from PIL import Image as PilImage
 from tqdm.auto import tqdm
 
 from ..model.extracted_frames import map_arrow_file
-from ..model.video_decoding import VideoDecodeError, probe_video, read_frames_at, segment_indices
+from ..model.video_decoding import VideoDecodeError, probe_video, segment_indices
 from ..model.video_processing_dmgal import RESAMPLE_MODES, resize_short_side
 from ..model.zip_archive import open_zip, split_zip_path
 from .benchmarks import video_dataset
+from .frame_memory import read_in_parts
 from .written_aside import replace_file, replace_folder, written_aside
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,6 @@ FRAME_FORMATS = ("none", "jpeg", "raw")
 JPEG_QUALITY = 95
 MAX_CLIPS_A_SHARD = 64  # what a killed process loses at most
 MAX_CLIP_BYTES = 2**31 - 1  # an Arrow array of bytes has 32-bit offsets
-BYTES_READ_AT_ONCE = 2**28  # decoded frames, a process
 SOURCE_FIELDS = ("dataset", "videos", "splits", "class_labels", "preset", "clips_per_class", "cache_dir")
 
 INFO_FEATURES = Features(
@@ -402,12 +402,10 @@ def read_clip(path: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         probed = probe_video(path)
         info.update(asdict(probed))
-        wanted = list(range(probed.num_frames))
+        wanted = range(probed.num_frames)
         if caches and settings["max_frames"] is not None and settings["max_frames"] < len(wanted):
             wanted = segment_indices(len(wanted), settings["max_frames"])
-        at_once = max(1, BYTES_READ_AT_ONCE // (3 * probed.height * probed.width))
-        for start in range(0, len(wanted), at_once):
-            clip = read_frames_at(path, wanted[start : start + at_once])
+        for clip in read_in_parts(path, probed, wanted):
             if caches:
                 frames += _encode(clip, settings)
     except VideoDecodeError as error:

@@ -35,14 +35,7 @@ def to_grayscale(clip: torch.Tensor) -> torch.Tensor:
 
 def adjust_brightness(clip: torch.Tensor, factor: float) -> torch.Tensor:
     """
-    Blends all frames with black.
-
-    Args:
-        clip (`torch.ByteTensor` of shape `(T, 3, H, W)`): frames.
-        factor (`float`): 0 is black, 1 the clip itself, 2 twice as bright.
-
-    Returns:
-        `torch.ByteTensor` of the shape of `clip`.
+    Blends all frames with black: factor 0 is black, 1 the clip itself, 2 twice as bright. Shape and dtype stay.
 
     Raises:
         `ValueError`: for a negative factor.
@@ -52,33 +45,19 @@ def adjust_brightness(clip: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def adjust_contrast(clip: torch.Tensor, factor: float) -> torch.Tensor:
-    """
-    Blends every frame with the mean of its own luma.
-
-    Args, result and errors as in [`adjust_brightness`]; factor 0 is a grey frame.
-    """
+    """As [`adjust_brightness`], with the mean of each frame's luma in place of black: factor 0 is a grey frame."""
     return _blend(clip, factor, _mean_luma)
 
 
 def adjust_saturation(clip: torch.Tensor, factor: float) -> torch.Tensor:
-    """
-    Blends all frames with their luma.
-
-    Args, result and errors as in [`adjust_brightness`]; factor 0 is [`to_grayscale`].
-    """
+    """As [`adjust_brightness`], with the luma of every pixel in place of black: factor 0 is [`to_grayscale`]."""
     return _blend(clip, factor, luma_of)
 
 
 def adjust_hue(clip: torch.Tensor, shift: float) -> torch.Tensor:
     """
-    Turns the hue of every pixel in the HSV colour space; value and saturation stay.
-
-    Args:
-        clip (`torch.ByteTensor` of shape `(T, 3, H, W)`): frames.
-        shift (`float`): in turns of the colour circle, from -0.5 to 0.5; 1/3 turns red to green.
-
-    Returns:
-        `torch.ByteTensor` of the shape of `clip`.
+    Turns the hue of every pixel in the HSV colour space, by a shift in turns of the colour circle from -0.5 to 0.5:
+    1/3 turns red to green. Value and saturation stay, and so do shape and dtype.
 
     Raises:
         `ValueError`: for a shift out of that range.
@@ -267,13 +246,7 @@ class ClipAugmentation:
         return self.apply(clip, self.draw(*clip.shape[-2:], generator))
 
     def draw(self, height: int, width: int, generator: torch.Generator) -> Drawn:
-        """
-        Draws for a clip of `height` x `width` pixels what [`~ClipAugmentation.apply`] does with it.
-
-        Args:
-            height (`int`), width (`int`): of the frames before they are resized.
-            generator (`torch.Generator`): where all is drawn from (always 35 numbers).
-        """
+        """What [`~ClipAugmentation.apply`] does with a clip of `height` x `width` pixels, from 35 numbers drawn."""
         height, width = short_side_size(height, width, self.resize)
         down, right, flip, gray, *draws = _draw(35, generator)
         amounts, order, erasing = draws[:4], sorted(range(4), key=draws[4:8].__getitem__), draws[8:]
@@ -294,14 +267,8 @@ class ClipAugmentation:
 
     def apply(self, clip: torch.Tensor, drawn: Drawn) -> torch.Tensor:
         """
-        Does with one clip what was drawn for it. [`augment_clips`] does it with many at once, for a GPU.
-
-        Args:
-            clip (`torch.ByteTensor` of shape `(T, 3, H, W)`): frames of the size it was drawn for; left unchanged.
-            drawn ([`Drawn`]): the draws.
-
-        Returns:
-            `torch.ByteTensor` of shape `(T, 3, crop height, crop width)`, contiguous.
+        [`ClipAugmentation.__call__`] by what was drawn for the clip. [`augment_clips`] does it with many at once, for
+        a GPU.
         """
         clip = resize_short_side(clip, self.resize, self.resample)
         rows, columns = slice(drawn.top, drawn.top + self.height), slice(drawn.left, drawn.left + self.width)

@@ -12,9 +12,7 @@ class BatchStatistics:
     hold all episodes, every process validates the same model, and no broadcast before every forward pass is needed.
     As each of N processes then makes one of N updates, an update weighs as much as N of one process.
 
-    Args:
-        model (`nn.Module`): as prepared by accelerate.
-        accelerator (`Accelerator`): of the run.
+    `model` is as accelerate has prepared it.
     """
 
     def __init__(self, model: nn.Module, accelerator: Accelerator):

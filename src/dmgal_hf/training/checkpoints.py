@@ -102,12 +102,7 @@ def keep_others_out(output_dir: Path, accelerator: Accelerator) -> Iterator[None
 def write_aside(folder: Path, accelerator: Accelerator, needed: int) -> Iterator[Path]:
     """
     Gives all processes a folder to write into, which takes the place of `folder` when all are done, with the checksums
-    of its files.
-
-    Args:
-        folder (`Path`): what is written.
-        accelerator (`Accelerator`): of the run.
-        needed (`int`): the bytes of its tensors.
+    of its files. Its tensors take `needed` bytes.
 
     Raises:
         OSError: there is no room for it, or it could not be written; in all processes. What was in its place is still

@@ -161,8 +161,6 @@ def summarize(
         correct (`np.ndarray` of shape `(episodes,)`): queries that were recognised.
         num_queries (`np.ndarray` of shape `(episodes,)`): queries of each episode.
         confusion (`np.ndarray` of shape `(classes, classes)`): queries by true and predicted class of the dataset.
-        class_names (`list[str]`): names of the dataset's classes.
-        episodes (`datasets.Dataset`): the list that was evaluated.
 
     Returns:
         `dict` with `accuracy`, the mean over the episodes, and `confidence_interval`, half the width of its 95 %

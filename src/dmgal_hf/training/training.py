@@ -42,11 +42,6 @@ def train(data: DataArguments, model: ModelArguments, arguments: TrainArguments)
 
     Writes into `output_dir`: the model and its processor, `config.yaml`, `metrics.json`, a model card, `checkpoints/`.
 
-    Args:
-        data ([`DataArguments`]): which videos.
-        model ([`ModelArguments`]): which model.
-        arguments ([`TrainArguments`]): how it is trained.
-
     Returns:
         `dict`: what metrics.json holds.
 
