@@ -14,13 +14,14 @@ import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import PartialState
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from dmgal_hf.model.configuration_mga import MgaConfig
 from dmgal_hf.training import train
@@ -79,17 +80,14 @@ ADAPTER_VARIANTS = {
 class AblationArguments:
     """Which variants."""
 
-    only: list[str] | None = field(default=None, metadata={"help": "Names of variants; by default all."})
-    seeds: list[int] | None = field(
-        default=None, metadata={"help": "One run of every variant a seed, in place of seed."}
+    only: list[str] | None = HfArg(default=None, help="Names of variants; by default all.")
+    seeds: list[int] | None = HfArg(default=None, help="One run of every variant a seed, in place of seed.")
+    processes: int = HfArg(
+        default=1, help="Runs side by side, each on one CPU thread; what one prints goes into its output.txt."
     )
-    processes: int = field(
-        default=1,
-        metadata={"help": "Runs side by side, each on one CPU thread; what one prints goes into its output.txt."},
-    )
-    backbones: list[str] = field(
+    backbones: list[str] = HfArg(
         default_factory=list,
-        metadata={"help": "A variant more each: id or folder of a pretrained backbone, or the YAML of a random one."},
+        help="A variant more each: id or folder of a pretrained backbone, or the YAML of a random one.",
     )
 
     def __post_init__(self):

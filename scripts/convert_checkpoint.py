@@ -4,9 +4,10 @@ python scripts/convert_checkpoint.py --checkpoint FILE.pt --output DIR
 python scripts/convert_checkpoint.py --checkpoint DIR --output FILE.pt --to_official
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from transformers.hf_argparser import HfArg
 
 from dmgal_hf import DmgalModel, DmgalVideoProcessor
 from dmgal_hf.hub.conversion import convert_official_checkpoint, official_state_dict
@@ -17,9 +18,9 @@ from dmgal_hf.training.arguments import parse_arguments
 class ConvertArguments:
     """What is converted."""
 
-    checkpoint: str = field(metadata={"help": "The authors' file; with --to_official a folder or id of ours."})
-    output: str = field(metadata={"help": "Folder to write; with --to_official the file."})
-    to_official: bool = field(default=False, metadata={"help": "Write a file for the authors' code."})
+    checkpoint: str = HfArg(help="The authors' file; with --to_official a folder or id of ours.")
+    output: str = HfArg(help="Folder to write; with --to_official the file.")
+    to_official: bool = HfArg(default=False, help="Write a file for the authors' code.")
 
 
 if __name__ == "__main__":

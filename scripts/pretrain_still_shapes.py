@@ -5,7 +5,7 @@ It sees but knows no motion: the frozen backbone for scripts/configs/motion_shap
 python scripts/pretrain_still_shapes.py --output_dir runs/still_shapes_backbone
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel, get_scheduler
+from transformers.hf_argparser import HfArg
 
 from dmgal_hf import DmgalVideoProcessor
 from dmgal_hf.data.motion_shapes import SHAPES, TEXTURES, render_still
@@ -24,17 +25,13 @@ from dmgal_hf.training.arguments import parse_arguments
 class PretrainArguments:
     """The backbone and its training."""
 
-    output_dir: str = field(default="runs/still_shapes_backbone", metadata={"help": "Folder for the backbone."})
-    preset: str = field(default="plain", metadata={"help": "Motion shapes: plain or textured."})
-    steps: int = field(default=1500, metadata={"help": "Steps."})
-    batch_size: int = field(default=64, metadata={"help": "Pictures a step, all different."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate."})
-    image_size: int = field(default=48, metadata={"help": "Side of the pictures, in pixels."})
-    patch_size: int = field(default=8, metadata={"help": "Side of a patch, in pixels."})
-    hidden_size: int = field(default=96, metadata={"help": "Width D."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Blocks."})
-    num_workers: int = field(default=1, metadata={"help": "Processes that draw pictures."})
-    seed: int = field(default=0, metadata={"help": "Of weights and pictures."})
+    output_dir: str = HfArg(default="runs/still_shapes_backbone", help="Folder for the backbone.")
+    preset: str = HfArg(default="plain", help="Motion shapes: plain or textured.")
+    steps: int = HfArg(default=1500, help="Steps.")
+    batch_size: int = HfArg(default=64, help="Pictures a step, all different.")
+    learning_rate: float = HfArg(default=2e-3, help="Highest learning rate.")
+    num_workers: int = HfArg(default=1, help="Processes that draw pictures.")
+    seed: int = HfArg(default=0, help="Of weights and pictures.")
 
 
 class StillShapes(Dataset):
@@ -51,19 +48,18 @@ class StillShapes(Dataset):
 
 def main(arguments: PretrainArguments):
     set_seed(arguments.seed)
-    size = arguments.image_size
-    processor = DmgalVideoProcessor(size=size, crop_size=size, image_mean=0.5, image_std=0.5)
+    processor = DmgalVideoProcessor(size=48, crop_size=48, image_mean=0.5, image_std=0.5)
     config = CLIPVisionConfig(
-        hidden_size=arguments.hidden_size,
-        intermediate_size=4 * arguments.hidden_size,
-        num_hidden_layers=arguments.num_hidden_layers,
-        num_attention_heads=arguments.hidden_size // 32,
-        image_size=size,
-        patch_size=arguments.patch_size,
-        projection_dim=arguments.hidden_size,
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        image_size=48,
+        patch_size=8,
+        projection_dim=96,
     )
     backbone = CLIPVisionModel(config)
-    heads = nn.Linear(arguments.hidden_size, len(SHAPES) + len(TEXTURES))
+    heads = nn.Linear(config.hidden_size, len(SHAPES) + len(TEXTURES))
     parameters = [*backbone.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, arguments.learning_rate, weight_decay=0.05)
     scheduler = get_scheduler("cosine", optimizer, arguments.steps // 10, arguments.steps)

@@ -30,7 +30,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_fr
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image as PilImage
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from ..model.extracted_frames import map_arrow_file
 from ..model.video_decoding import VideoDecodeError, probe_video, segment_indices
@@ -72,23 +73,19 @@ RECORD_FEATURES = Features(
 class PrepareArguments:
     """Where the prepared folder goes, and what it holds."""
 
-    output: str | None = field(
-        default=None, metadata={"help": "The prepared folder; run again to go on or add to it."}
+    output: str | None = HfArg(default=None, help="The prepared folder; run again to go on or add to it.")
+    num_proc: int | None = HfArg(default=None, help="Processes that read; by default one a CPU core.")
+    frames: str = HfArg(
+        default="none", help=f"Cache of frames: none, jpeg (quality {JPEG_QUALITY}), or raw (8-bit RGB, exact)."
     )
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that read; by default one a CPU core."})
-    frames: str = field(
-        default="none",
-        metadata={"help": f"Cache of frames: none, jpeg (quality {JPEG_QUALITY}), or raw (8-bit RGB, exact)."},
+    short_side: int = HfArg(
+        default=256, help="Cached frames are shrunk to this short side, in pixels; none is enlarged."
     )
-    short_side: int = field(
-        default=256, metadata={"help": "Cached frames are shrunk to this short side, in pixels; none is enlarged."}
+    max_frames: int | None = HfArg(
+        default=None, help="Cache so many frames a clip, spread evenly. It changes which frames an episode shows."
     )
-    max_frames: int | None = field(
-        default=None,
-        metadata={"help": "Cache so many frames a clip, spread evenly. It changes which frames an episode shows."},
-    )
-    resample: int = field(
-        default=2, metadata={"help": "Resizing of cached frames: 2 bilinear, 3 bicubic, as the model's processor."}
+    resample: int = HfArg(
+        default=2, help="Resizing of cached frames: 2 bilinear, 3 bicubic, as the model's processor."
     )
 
     def __post_init__(self):

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -15,6 +15,7 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import CONFIG_MAPPING, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from ..data.splits import BENCHMARKS
 
@@ -34,71 +35,61 @@ class _Named:
 class DataArguments(_Named):
     """Which videos, and how they are read."""
 
-    dataset: str = field(
-        default="motion_shapes",
-        metadata={"help": f"motion_shapes, puppets, folder, or a benchmark: {', '.join(BENCHMARKS)}."},
+    dataset: str = HfArg(
+        default="motion_shapes", help=f"motion_shapes, puppets, folder, or a benchmark: {', '.join(BENCHMARKS)}."
     )
-    videos: str | None = field(
-        default=None, metadata={"help": "Folder of the videos, or one zip of it (benchmarks and folder)."}
+    videos: str | None = HfArg(default=None, help="Folder of the videos, or one zip of it (benchmarks and folder).")
+    splits: str | None = HfArg(default=None, help="Folder of the split lists; fetched when not given.")
+    class_labels: list[str] | None = HfArg(
+        default=None, help="Label files of Something-Something V2 (train.json validation.json), to name its classes."
     )
-    splits: str | None = field(default=None, metadata={"help": "Folder of the split lists; fetched when not given."})
-    class_labels: list[str] | None = field(
-        default=None,
-        metadata={"help": "Label files of Something-Something V2 (train.json validation.json), to name its classes."},
+    prepared: str | None = HfArg(
+        default=None, help="A folder of scripts/prepare_data.py, which replaces dataset, videos and splits."
     )
-    prepared: str | None = field(
-        default=None,
-        metadata={"help": "A folder of scripts/prepare_data.py, which replaces dataset, videos and splits."},
+    allow_missing: bool = HfArg(default=False, help="Go on without the videos that are not there.")
+    preset: str = HfArg(default="plain", help="Made-up videos: plain or textured; puppets: or crowd.")
+    clips_per_class: int = HfArg(default=40, help="Made-up videos: clips a class.")
+    cache_dir: str | None = HfArg(default=None, help="Made-up videos: where the clips are kept.")
+    resize: int = HfArg(default=256, help="Short side of the frames, in pixels.")
+    crop_size: int = HfArg(default=224, help="Side of the square that is cut out, in pixels.")
+    image_mean: float | None = HfArg(
+        default=None, help="Mean of all channels; by default that of the pretrained backbone, else 0.45."
     )
-    allow_missing: bool = field(default=False, metadata={"help": "Go on without the videos that are not there."})
-    preset: str = field(default="plain", metadata={"help": "Made-up videos: plain or textured; puppets: or crowd."})
-    clips_per_class: int = field(default=40, metadata={"help": "Made-up videos: clips a class."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Made-up videos: where the clips are kept."})
-    resize: int = field(default=256, metadata={"help": "Short side of the frames, in pixels."})
-    crop_size: int = field(default=224, metadata={"help": "Side of the square that is cut out, in pixels."})
-    image_mean: float | None = field(
-        default=None, metadata={"help": "Mean of all channels; by default that of the pretrained backbone, else 0.45."}
+    image_std: float | None = HfArg(
+        default=None, help="Their standard deviation; by default the backbone's, else 0.225."
     )
-    image_std: float | None = field(
-        default=None, metadata={"help": "Their standard deviation; by default the backbone's, else 0.225."}
-    )
-    num_workers: int = field(default=2, metadata={"help": "Processes that read videos, a training process."})
+    num_workers: int = HfArg(default=2, help="Processes that read videos, a training process.")
 
 
 @dataclass
 class ModelArguments(_Named):
     """The model: fields of DmgalConfig, and where its weights come from."""
 
-    init_from: str | None = field(
+    init_from: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Folder or id of a DMGAL checkpoint, or of adapters alone, where training starts. What it says "
-            "stands in for the fields of the model that are not given, and for resize and crop_size."
-        },
+        help="Folder or id of a DMGAL checkpoint, or of adapters alone, where training starts. What it says "
+        "stands in for the fields of the model that are not given, and for resize and crop_size.",
     )
-    backbone: str | None = field(default=None, metadata={"help": "Model id or folder of a pretrained backbone."})
-    backbone_config: dict | str | None = field(
-        default=None, metadata={"help": "Config of a backbone that starts from random weights, as YAML or JSON."}
+    backbone: str | None = HfArg(default=None, help="Model id or folder of a pretrained backbone.")
+    backbone_config: dict | str | None = HfArg(
+        default=None, help="Config of a backbone that starts from random weights, as YAML or JSON."
     )
-    paradigm: str = field(default="ft", metadata={"help": "ft or adapter."})
-    motion_attention: bool = field(
-        default=True, metadata={"help": "false switches S-MGA, mixer and C-MGA off, all three."}
+    paradigm: str = HfArg(default="ft", help="ft or adapter.")
+    motion_attention: bool = HfArg(default=True, help="false switches S-MGA, mixer and C-MGA off, all three.")
+    self_motion_attention: bool = HfArg(default=True, help="S-MGA.")
+    mixer: bool = HfArg(default=True, help="The temporal and channel mixer.")
+    cross_motion_attention: bool = HfArg(default=True, help="C-MGA.")
+    motion_directions: str = HfArg(default="both", help="both, forward or backward.")
+    motion_scales: list[str] = HfArg(default_factory=lambda: ["half", "full"], help="Motion scales.")
+    motion_reduction: int = HfArg(default=8, help="Channel reduction of the motion features.")
+    num_frames: int = HfArg(default=8, help="Frames a video.")
+    alignment: str = HfArg(default="bi_mhm", help="bi_mhm, otam or mean.")
+    frame_pooling: str = HfArg(default="mean", help="mean or cls.")
+    adapter_config: dict | str | None = HfArg(
+        default=None, help="Adapters of paradigm adapter, as YAML or JSON; see DmgalConfig."
     )
-    self_motion_attention: bool = field(default=True, metadata={"help": "S-MGA."})
-    mixer: bool = field(default=True, metadata={"help": "The temporal and channel mixer."})
-    cross_motion_attention: bool = field(default=True, metadata={"help": "C-MGA."})
-    motion_directions: str = field(default="both", metadata={"help": "both, forward or backward."})
-    motion_scales: list[str] = field(default_factory=lambda: ["half", "full"], metadata={"help": "Motion scales."})
-    motion_reduction: int = field(default=8, metadata={"help": "Channel reduction of the motion features."})
-    num_frames: int = field(default=8, metadata={"help": "Frames a video."})
-    alignment: str = field(default="bi_mhm", metadata={"help": "bi_mhm, otam or mean."})
-    frame_pooling: str = field(default="mean", metadata={"help": "mean or cls."})
-    adapter_config: dict | str | None = field(
-        default=None, metadata={"help": "Adapters of paradigm adapter, as YAML or JSON; see DmgalConfig."}
-    )
-    text_guidance: bool = field(
-        default=False,
-        metadata={"help": "Names of classes take part as text (CLIP, SigLIP, SigLIP2, MetaCLIP 2); see DmgalConfig."},
+    text_guidance: bool = HfArg(
+        default=False, help="Names of classes take part as text (CLIP, SigLIP, SigLIP2, MetaCLIP 2); see DmgalConfig."
     )
 
     def __post_init__(self):
@@ -132,80 +123,65 @@ class ModelArguments(_Named):
 class TrainArguments:
     """Episodes, optimisation and output."""
 
-    output_dir: str = field(default="runs/dmgal", metadata={"help": "Folder for the checkpoint and its records."})
-    seed: int = field(default=0, metadata={"help": "Of everything that is drawn."})
-    way: int = field(default=5, metadata={"help": "Classes an episode."})
-    shot: int = field(default=1, metadata={"help": "Supports a class."})
-    query: int = field(default=3, metadata={"help": "Training queries a class."})
-    num_episodes: int = field(default=500, metadata={"help": "Training episodes."})
-    episodes_per_step: int = field(
-        default=1, metadata={"help": "Episodes a step of the optimizer, over all processes."}
+    output_dir: str = HfArg(default="runs/dmgal", help="Folder for the checkpoint and its records.")
+    seed: int = HfArg(default=0, help="Of everything that is drawn.")
+    way: int = HfArg(default=5, help="Classes an episode.")
+    shot: int = HfArg(default=1, help="Supports a class.")
+    query: int = HfArg(default=3, help="Training queries a class.")
+    num_episodes: int = HfArg(default=500, help="Training episodes.")
+    episodes_per_step: int = HfArg(default=1, help="Episodes a step of the optimizer, over all processes.")
+    episodes_per_forward: int = HfArg(default=1, help="Episodes a forward pass of a process.")
+    optimizer: str = HfArg(default="adamw", help="adamw or sgd.")
+    learning_rate: float = HfArg(default=1e-3, help="Highest learning rate.")
+    weight_decay: float = HfArg(default=0.01, help="Weight decay.")
+    momentum: float = HfArg(default=0.0, help="Momentum of sgd.")
+    lr_scheduler: str = HfArg(default="cosine", help="A schedule of transformers.get_scheduler.")
+    warmup_ratio: float = HfArg(default=0.1, help="Share of the steps that warm up.")
+    max_grad_norm: float | None = HfArg(default=None, help="Clip gradients to this norm.")
+    class_loss_weight: float = HfArg(
+        default=0.0, help="Weight of an extra loss that names the base class of every clip."
     )
-    episodes_per_forward: int = field(default=1, metadata={"help": "Episodes a forward pass of a process."})
-    optimizer: str = field(default="adamw", metadata={"help": "adamw or sgd."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
-    momentum: float = field(default=0.0, metadata={"help": "Momentum of sgd."})
-    lr_scheduler: str = field(default="cosine", metadata={"help": "A schedule of transformers.get_scheduler."})
-    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps that warm up."})
-    max_grad_norm: float | None = field(default=None, metadata={"help": "Clip gradients to this norm."})
-    class_loss_weight: float = field(
-        default=0.0, metadata={"help": "Weight of an extra loss that names the base class of every clip."}
-    )
-    text_loss_weight: float = field(
+    text_loss_weight: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Weight of an extra loss that names the base class of every clip by text; above 0 it sets "
-            "text_guidance."
-        },
+        help="Weight of an extra loss that names the base class of every clip by text; above 0 it sets text_guidance.",
     )
-    head_only: bool = field(
-        default=False, metadata={"help": "Paradigm ft: the backbone stays as it is, and what is on top of it trains."}
+    head_only: bool = HfArg(
+        default=False, help="Paradigm ft: the backbone stays as it is, and what is on top of it trains."
     )
-    augment: bool = field(default=True, metadata={"help": "The method's colour jitter, gray and erasing of queries."})
-    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the queries."})
-    torch_compile: bool = field(default=False, metadata={"help": "Compile every kind of block once."})
-    cuda_graphs: bool = field(
-        default=False, metadata={"help": "On one GPU, replay training steps as CUDA graphs; not with fp16."}
-    )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for memory."})
-    validation: str = field(
+    augment: bool = HfArg(default=True, help="The method's colour jitter, gray and erasing of queries.")
+    horizontal_flip: bool = HfArg(default=False, help="Mirror half of the queries.")
+    torch_compile: bool = HfArg(default=False, help="Compile every kind of block once.")
+    cuda_graphs: bool = HfArg(default=False, help="On one GPU, replay training steps as CUDA graphs; not with fp16.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Trade time for memory.")
+    validation: str = HfArg(
         default="split",
-        metadata={
-            "help": "split, or none: the last weights are the result, and of a folder that is divided here the "
-            "classes of that split train, too."
-        },
+        help="split, or none: the last weights are the result, and of a folder that is divided here the "
+        "classes of that split train, too.",
     )
-    validate_every: int = field(default=100, metadata={"help": "Training episodes between validations."})
-    validation_episodes: int = field(default=100, metadata={"help": "Episodes a validation."})
-    validation_way: int | None = field(
-        default=None,
-        metadata={"help": "Classes an episode of validation; by default as many as there are, up to way."},
+    validate_every: int = HfArg(default=100, help="Training episodes between validations.")
+    validation_episodes: int = HfArg(default=100, help="Episodes a validation.")
+    validation_way: int | None = HfArg(
+        default=None, help="Classes an episode of validation; by default as many as there are, up to way."
     )
-    test_episodes: int = field(default=200, metadata={"help": "Test episodes at the end; 0 leaves the test out."})
-    test_way: int | None = field(default=None, metadata={"help": "The same of the test."})
-    test_query: int = field(default=1, metadata={"help": "Queries a class in validation and test."})
-    cpu_threads: int | None = field(
-        default=None, metadata={"help": "Threads of a process that trains on the CPU (accelerate launch gives it 1)."}
+    test_episodes: int = HfArg(default=200, help="Test episodes at the end; 0 leaves the test out.")
+    test_way: int | None = HfArg(default=None, help="The same of the test.")
+    test_query: int = HfArg(default=1, help="Queries a class in validation and test.")
+    cpu_threads: int | None = HfArg(
+        default=None, help="Threads of a process that trains on the CPU (accelerate launch gives it 1)."
     )
-    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
-    max_bad_steps: int = field(
-        default=5,
-        metadata={"help": "A step with a loss that is not finite is left out; so many in a row stop the run."},
+    mixed_precision: str = HfArg(default="no", help="no, fp16 or bf16.")
+    max_bad_steps: int = HfArg(
+        default=5, help="A step with a loss that is not finite is left out; so many in a row stop the run."
     )
-    max_broken: float = field(
-        default=0.01, metadata={"help": "Share of unreadable training videos above which the run stops."}
-    )
-    frame_memory: float = field(
+    max_broken: float = HfArg(default=0.01, help="Share of unreadable training videos above which the run stops.")
+    frame_memory: float = HfArg(
         default=0.25,
-        metadata={
-            "help": "Part of the memory in which the decoded clips of a run are kept, if they fit; 0 keeps none."
-        },
+        help="Part of the memory in which the decoded clips of a run are kept, if they fit; 0 keeps none.",
     )
-    checkpoint_every: int = field(default=500, metadata={"help": "Training episodes between resumable states."})
-    keep_checkpoints: int = field(default=2, metadata={"help": "Resumable states that are kept."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the newest whole state in output_dir."})
-    report_to: str = field(default="none", metadata={"help": "Tracker: tensorboard, wandb, trackio or none."})
+    checkpoint_every: int = HfArg(default=500, help="Training episodes between resumable states.")
+    keep_checkpoints: int = HfArg(default=2, help="Resumable states that are kept.")
+    resume: bool = HfArg(default=False, help="Go on from the newest whole state in output_dir.")
+    report_to: str = HfArg(default="none", help="Tracker: tensorboard, wandb, trackio or none.")
 
     def __post_init__(self):
         positive = ("num_episodes", "episodes_per_step", "episodes_per_forward", "validate_every", "checkpoint_every",
@@ -240,30 +216,27 @@ class TrainArguments:
 class EvaluateArguments:
     """What is evaluated."""
 
-    model: str = field(metadata={"help": "Folder or id of a checkpoint, or of an image backbone (a baseline)."})
-    split: str = field(default="test", metadata={"help": "Split of the dataset: train, validation or test."})
-    way: int = field(default=5, metadata={"help": "Classes an episode."})
-    shot: list[int] = field(default_factory=lambda: [1], metadata={"help": "Supports a class; several are allowed."})
-    query: int = field(default=1, metadata={"help": "Queries a class."})
-    num_episodes: int = field(default=10_000, metadata={"help": "Episodes."})
-    seed: int = field(default=0, metadata={"help": "Of the episodes."})
-    episodes: str | None = field(
-        default=None, metadata={"help": "Folder, file or id of an episode list, in place of the five fields above."}
+    model: str = HfArg(help="Folder or id of a checkpoint, or of an image backbone (a baseline).")
+    split: str = HfArg(default="test", help="Split of the dataset: train, validation or test.")
+    way: int = HfArg(default=5, help="Classes an episode.")
+    shot: list[int] = HfArg(default_factory=lambda: [1], help="Supports a class; several are allowed.")
+    query: int = HfArg(default=1, help="Queries a class.")
+    num_episodes: int = HfArg(default=10_000, help="Episodes.")
+    seed: int = HfArg(default=0, help="Of the episodes.")
+    episodes: str | None = HfArg(
+        default=None, help="Folder, file or id of an episode list, in place of the five fields above."
     )
-    episodes_per_forward: int | None = field(
-        default=None, metadata={"help": "Episodes a forward pass of a process; by default as memory allows."}
+    episodes_per_forward: int | None = HfArg(
+        default=None, help="Episodes a forward pass of a process; by default as memory allows."
     )
-    kept_clips: str | None = field(
-        default=None, metadata={"help": "Folder where encoded clips are kept for the next call; by default none is."}
+    kept_clips: str | None = HfArg(
+        default=None, help="Folder where encoded clips are kept for the next call; by default none is."
     )
-    kept_clips_gb: float | None = field(
-        default=None,
-        metadata={
-            "help": "Memory for encoded clips in GB, beyond which files take over; by default half of the free."
-        },
+    kept_clips_gb: float | None = HfArg(
+        default=None, help="Memory for encoded clips in GB, beyond which files take over; by default half of the free."
     )
-    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
-    json: str | None = field(default=None, metadata={"help": "File for the results."})
+    mixed_precision: str = HfArg(default="no", help="no, fp16 or bf16.")
+    json: str | None = HfArg(default=None, help="File for the results.")
 
     def __post_init__(self):
         if not self.shot:
@@ -320,9 +293,7 @@ def parse_arguments(
     config = finder.parse_known_args(argv)[0].config
     # Not the types of the fields themselves, which HfArgumentParser changes.
     hints = [get_type_hints(group) for group in classes]
-    known = {
-        field.name: types[field.name] for group, types in zip(classes, hints) for field in fields(group) if field.init
-    }
+    known = {one.name: types[one.name] for group, types in zip(classes, hints) for one in fields(group) if one.init}
     for action in parser._actions:
         if action.nargs == "+":
             action.nargs = "*"
