@@ -132,20 +132,16 @@ def official_state_dict(model: DmgalModel) -> dict[str, torch.Tensor]:
 
 
 def _detect_config(state: dict[str, torch.Tensor], checkpoint) -> DmgalConfig:
-    blocks = [re.match(r"resnet\.([4-7])\.(\d+)\.conv1\.weight$", name) for name in state]
-    blocks = [(int(match[1]) - 4, int(match[2])) for match in blocks if match]
-    depths = [sum(stage == i for stage, _ in blocks) for i in range(4)]
-    needed = {"resnet.0.weight", "mlp_mix1.fc_t1.weight", "Motion_Excitation.conv1.weight"}
-    if not all(depths) or not needed <= state.keys():
-        expected = sorted(needed | {f"resnet.{stage}.0.conv1.weight" for stage in range(4, 8)})
-        _check_keys(state, expected, checkpoint)
     last = "conv3" if "resnet.4.0.conv3.weight" in state else "conv2"
     stages = [f"resnet.{stage}.0.{last}.weight" for stage in range(4, 8)]
-    _check_keys({name: state[name] for name in state if name in stages}, stages, checkpoint)
+    needed = {"resnet.0.weight", "mlp_mix1.fc_t1.weight", "Motion_Excitation.conv1.weight", *stages}
+    if not needed <= state.keys():
+        _check_keys(state, needed, checkpoint)
+    blocks = [name.split(".")[1] for name in state if re.match(r"resnet\.[4-7]\.\d+\.conv1\.weight$", name)]
     resnet = ResNetConfig(
         embedding_size=state["resnet.0.weight"].shape[0],
         hidden_sizes=[state[name].shape[0] for name in stages],
-        depths=depths,
+        depths=[blocks.count(str(stage)) for stage in range(4, 8)],
         layer_type="bottleneck" if last == "conv3" else "basic",
     )
     reduction = resnet.hidden_sizes[-1] // state["Motion_Excitation.conv1.weight"].shape[0]
