@@ -1,6 +1,5 @@
 """The example clips of a few-shot classifier, read from what users give."""
 
-import hashlib
 import math
 import os
 import warnings
@@ -82,14 +81,9 @@ def clip_digests(classes: Mapping[str, Mapping[str, Any]], seen: dict[str, str])
 
 
 def _digest(video: Any) -> str | None:
-    """What tells whether two clips are the same video: a hash of the file's content, or of the address of others."""
-    from ..data.kept_clips import file_digest  # brings `datasets` along
+    """What tells whether two clips are the same video, `None` of arrays, pictures and open files."""
+    from ..data.kept_clips import video_digest  # brings `datasets` along
 
     if isinstance(video, Mapping):
         video = video.get("path") if video.get("bytes") is None else video["bytes"]
-    if isinstance(video, (str, os.PathLike)):
-        path = os.fspath(video)
-        if os.path.isfile(path):
-            return file_digest(path)
-        return hashlib.sha256((os.path.realpath(path) if os.path.exists(path) else path).encode()).hexdigest()
-    return hashlib.sha256(video).hexdigest() if isinstance(video, (bytes, bytearray, memoryview)) else None
+    return video_digest(video) if isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview)) else None

@@ -632,11 +632,9 @@ class FewShotVideoClassificationPipeline(Pipeline):
         fitted = self._current
         with torch.no_grad(), self.device_placement():
             by_clips, embeds = window_scores(self.model, windows, fitted.support)
-            logits = (
-                [by_clips.float()]
-                if embeds is None or fitted.text_embeds is None
-                else [by_clips.float(), self._text_log_probs(embeds, fitted)]
-            )
+            logits = [by_clips.float()]
+            if fitted.text_embeds is not None:
+                logits.append(self._text_log_probs(embeds, fitted))
             logits = torch.stack(logits, 1).cpu()
         for window, of_window in zip(windows, logits):
             best = self._answer(of_window, fitted, top_k=1)[0]

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, ResNetConfig
 from transformers.utils import logging
 
-from .configuration_mga import read_adapter_config
+from .configuration_mga import read_adapter_config, spelling_hint
 
 logger = logging.get_logger(__name__)
 
@@ -171,10 +171,10 @@ class DmgalConfig(PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any):
         ours = name.startswith("_") or name in self.__dataclass_fields__ or hasattr(self, name)
-        if not ours and (close := self._nearest(name, cutoff=0.8)):
+        if not ours and (close := difflib.get_close_matches(name, self._field_names(), 1, cutoff=0.8)):
             logger.warning_once(
                 f"DmgalConfig has no field {name!r} (value {value!r}): it is kept and has no effect here. "
-                f"Did you mean {close!r}?"
+                f"Did you mean {close[0]!r}?"
             )
         super().__setattr__(name, value)
 
@@ -182,15 +182,10 @@ class DmgalConfig(PreTrainedConfig):
     def _field_names(cls) -> list[str]:
         return sorted(name for name in cls.__dataclass_fields__ if not name.startswith("_"))
 
-    @classmethod
-    def _nearest(cls, name: str, cutoff: float = 0.6) -> str | None:
-        return next(iter(difflib.get_close_matches(name, cls._field_names(), 1, cutoff)), None)
-
     def _check_unknown(self, kwargs):
         for name in kwargs:
             if name not in _TRANSFORMERS_KEYS:
-                close = self._nearest(name)
-                hint = f"Did you mean {close!r}?" if close else f"Known fields: {', '.join(self._field_names())}."
+                hint = spelling_hint(name, self._field_names())
                 raise ValueError(f"DmgalConfig has no field {name!r} (value {kwargs[name]!r}). {hint}")
 
     @staticmethod

@@ -192,6 +192,11 @@ def _as_integer(name: str, value: object) -> int:
         raise ValueError(f"MgaConfig.{name}={value!r}: give an integer.") from None
 
 
+def spelling_hint(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known fields: {', '.join(known)}."
+
+
 def read_adapter_config(values: dict[str, Any]) -> PeftConfig:
     """
     The peft config that `DmgalConfig.adapter_config` stands for: an [`MgaConfig`], or with `peft_type: LORA` peft's
@@ -208,9 +213,9 @@ def read_adapter_config(values: dict[str, Any]) -> PeftConfig:
     budget = values.pop("budget", None) if name == "LORA" else None
     known = sorted(one.name for one in fields(classes[name]) if one.init)
     for unknown in values.keys() - set(known):
-        close = difflib.get_close_matches(unknown, known, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Known fields: {', '.join(known)}."
-        raise ValueError(f"adapter_config has no field {unknown!r} for {classes[name].__name__}. {hint}")
+        raise ValueError(
+            f"adapter_config has no field {unknown!r} for {classes[name].__name__}. {spelling_hint(unknown, known)}"
+        )
     if budget is not None:
         if not isinstance(budget, dict) or "r" in values:
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 
 from .reading_limits import LIMITS, FrameIndexError, VideoDecodeError
 from .zip_archive import ZipArchive, natural_key
@@ -73,8 +74,6 @@ class FrameFiles:
             yield index, os.path.join(self.media, self.names[index])
 
     def _decode(self, index: int, file: str | io.BytesIO) -> np.ndarray:
-        from PIL import Image, UnidentifiedImageError
-
         source = f"{self.source}/{self.names[index]}"
         try:
             with Image.open(file, formats=self.formats) as image:
@@ -183,10 +182,8 @@ def _mapped_once(path: str, size: int, mtime_ns: int) -> Any:
     return map_arrow_file(path)
 
 
-def picture_to_rgb(picture: Any) -> np.ndarray:
+def picture_to_rgb(picture: Image.Image) -> np.ndarray:
     """A PIL image -> (H, W, 3) uint8; what is transparent lies over black."""
-    from PIL import Image
-
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         return np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba))[..., :3]

@@ -357,10 +357,8 @@ class DmgalModel(DmgalPreTrainedModel):
         self._check_videos("pixel_values", pixel_values[None])
         cache = SupportCache(keep_tokens=True)
         features, states, _ = self._encode_alone(pixel_values[:, None], cache)  # each an episode of its own
-        clips = {"features": features[:, 0]}
-        for name, state in states.items():
-            if name != "text.videos":
-                clips[name if name == "cross.motion" else f"support.{name}"] = state.movedim(-4, 0)
+        labels = torch.zeros(features.shape[:2], dtype=torch.int64)
+        clips = {name: clip[:, 0] for name, clip in DmgalSupport(features, labels, 1, states).clips().items()}
         if len(cache):
             grid = patch_grid(self.config.backbone_config, pixel_values.shape[-2:])
             prefix, patches = cache.tokens.split([cache.tokens.shape[1] - grid[0] * grid[1], grid[0] * grid[1]], 1)

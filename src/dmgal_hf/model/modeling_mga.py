@@ -112,8 +112,6 @@ class MgaLayer(nn.Module, BaseTunerLayer):
         self.module_name = module_name
         self.mga_adapter = nn.ModuleDict()
         self.facts_carrier: EpisodeFactsCarrier | None = None
-        self._disable_adapters = False
-        self.merged_adapters = []
 
     def update_layer(
         self, adapter_name: str, config: MgaConfig, hidden_size: int, num_prefix_tokens: int, cross: bool
@@ -271,12 +269,7 @@ class MgaModel(BaseTuner):
     The adapted model takes the frames of videos as its batch, and the episode facts as keyword arguments (see
     [`MgaLayer`]).
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or `torch.nn.Module`): The model to adapt: a vision transformer or a
-            model that holds one.
-        config ([`MgaConfig`]): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter.
-        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Create the adapter's weights on the meta device.
+    Args: those of any tuner of peft; `model` is a vision transformer or holds one.
 
     Example:
 

@@ -7,7 +7,8 @@ are simplified is ours; [`SmgaAdapter`] and [`CmgaAdapter`] state the equations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import UserDict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -105,7 +106,7 @@ def _patch_grid(num_patches: int, patch_grid: tuple[int, int] | None) -> tuple[i
     return side, side
 
 
-class SupportCache:
+class SupportCache(UserDict):
     """
     What the Cmga-Adapters keep of an episode's supports, so that queries can be encoded later without them.
 
@@ -122,6 +123,7 @@ class SupportCache:
     tokens that enter this block are kept too, as `tokens` (N, prefix + P, D). Set as `resume` of a cache to be read,
     they take the place of what comes there, a stand-in of any number of frames: the blocks from there on see them as
     queries.
+
     Example:
 
     ```python
@@ -142,40 +144,25 @@ class SupportCache:
     """
 
     def __init__(self, keep_tokens: bool = False):
-        self.entries: dict[str, dict[str, torch.Tensor]] = {}
+        super().__init__()
         self.num_support: tuple[int, ...] | None = None
         self.keep_tokens = keep_tokens
         self.tokens: torch.Tensor | None = None
         self.resume: torch.Tensor | None = None
 
-    def __getitem__(self, key: str) -> dict[str, torch.Tensor]:
-        return self.entries[key]
-
-    def __setitem__(self, key: str, entry: dict[str, torch.Tensor]) -> None:
-        self.entries[key] = entry
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
     def __repr__(self) -> str:
-        return f"SupportCache(num_support={self.num_support}, entries={list(self.entries)})"
+        return f"SupportCache(num_support={self.num_support}, entries={list(self)})"
 
     def to(self, *args: Any, **kwargs: Any) -> SupportCache:
         """Move or cast the tensors in place, as `torch.Tensor.to` would, and return the cache itself."""
-        for entry in self.entries.values():
+        for entry in self.values():
             for name, tensor in entry.items():
                 entry[name] = tensor.to(*args, **kwargs)
         return self
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by flat names; empty for an empty cache. They are not detached or copied."""
-        flat = {f"{key}.{name}": tensor for key, entry in self.entries.items() for name, tensor in entry.items()}
+        flat = {f"{key}.{name}": tensor for key, entry in self.items() for name, tensor in entry.items()}
         if self.num_support is not None:
             flat["num_support"] = torch.tensor(self.num_support)
         return flat
@@ -189,17 +176,17 @@ class SupportCache:
                 cache.num_support = tuple(tensor.tolist())
                 continue
             key, _, name = flat_name.rpartition(".")
-            cache.entries.setdefault(key, {})[name] = tensor
+            cache.setdefault(key, {})[name] = tensor
         return cache
 
     def read(self, key: str, layout: EpisodeLayout, adapter: CmgaAdapter) -> dict[str, torch.Tensor]:
         """The entry of `adapter`, after checking that it fits the queries."""
-        if key not in self.entries:
+        if key not in self:
             raise ValueError(
-                f"support_cache holds nothing for '{key}' (it has: {list(self.entries) or 'nothing'}). Fill it first, "
+                f"support_cache holds nothing for '{key}' (it has: {list(self) or 'nothing'}). Fill it first, "
                 "in a call with the supports and the same adapter."
             )
-        entry = self.entries[key]
+        entry = self[key]
         episodes, frames, keys, depth = entry["values"].shape
         most_supports = max(self.num_support)
         kept = {
