@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from transformers import Pipeline, PreTrainedModel, pipeline
 
-from ..model.class_texts import check_has_text_tower, class_texts
+from ..model.class_texts import class_texts
 from ..model.configuration_dmgal import check_text_weight
 from ..model.kept_supports import DmgalSupport
 from ..model.video_processing_dmgal import DmgalVideoProcessor, _list_videos, undecoded_column
@@ -124,7 +124,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         self.model.eval()
         self.temperature = self.model.config.score_temperature
         self._fitted: FittedSupport | None = None
-        self.text_weight = self.model.config.text_weight if self._has_text_head else 0.0
+        self.text_weight = self.model.config.text_weight if self.model.text_head is not None else 0.0
 
     # The support set
 
@@ -150,18 +150,10 @@ class FewShotVideoClassificationPipeline(Pipeline):
                 raise ValueError(f"text_weight must be above 0 for {list(fitted.without_clips)}, which have no clips")
         self._text_weight = value
 
-    @property
-    def _has_text_head(self) -> bool:
-        return getattr(self.model, "text_head", None) is not None
-
     def _check_text_weight(self, value: float) -> float:
         value = check_text_weight(value)
-        if value and not self._has_text_head:
-            check_has_text_tower(self.model.config.backbone_config)
-            raise ValueError(
-                f"text_weight is {value}, but this model has no text head: build it with text_guidance=True, see "
-                "DmgalModel.from_backbone."
-            )
+        if value:
+            self.model.check_text_head(f"text_weight is {value}, but ")
         return value
 
     @property

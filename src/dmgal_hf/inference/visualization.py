@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..model.alignment import cosine_distance
 from ..model.class_texts import combined_logits
 from ..model.modeling_dmgal import DmgalModel, DmgalOutput, DmgalSupport
-from ..model.motion_attention import SelfMotionAttention, sinusoidal_position_code
+from ..model.motion_attention import SelfMotionAttention
 from ..model.video_processing_dmgal import DmgalVideoProcessor
 
 try:
@@ -322,14 +322,9 @@ def _associate(attention: SelfMotionAttention, maps: torch.Tensor, frame: int) -
 
     The model returns the mean over the directions, in which the other neighbours of both frames have their part too.
     """
-    motion = attention.motion(maps[None])[:, 0].flatten(3).transpose(2, 3)  # (directions, T, P, c)
-    length, width = motion.shape[-2:]
-    motion = motion + attention.position_scale * sinusoidal_position_code(length, width, motion.device, motion.dtype)
     parts = []
-    for direction, of_frames in zip(attention.motion.directions, motion):
-        own = of_frames[frame if direction == "forward" else frame + 1]
-        looks_at = (own @ own.T / math.sqrt(width)).softmax(-1)
-        parts.append(looks_at if direction == "forward" else looks_at.T)
+    for direction, of_frames in zip(attention.motion.directions, attention._attention(maps[None])):  # (T, P, P)
+        parts.append(of_frames[frame] if direction == "forward" else of_frames[frame + 1].T)
     return torch.stack(parts).mean(0)
 
 

@@ -189,7 +189,7 @@ class DmgalModel(DmgalPreTrainedModel):
             self._check_videos("query_pixel_values", query_pixel_values)
             check_queries(query_pixel_values, labels, support.features.shape, support.way)
         if text_embeds is not None:
-            self._check_text_head("text_embeds: ")
+            self.check_text_head("text_embeds: ")
             check_text_embeds(text_embeds, len(support.features), support.way)
 
         if maps is None:
@@ -532,14 +532,13 @@ class DmgalModel(DmgalPreTrainedModel):
             ValueError: the model has no text head; labels are empty or read the same; a text is longer than the tower
                 reads. `OSError` where the text tower is not to be found.
         """
-        if self.text_head is None:
-            check_has_text_tower(self.config.backbone_config)
+        self.check_text_head()
         texts = class_texts(labels, descriptions, self.config.text_templates)
         tower, tokenizer = self._load_text_tower()
         return embed_classes(tower.to(self.device), tokenizer, texts)
 
     def _load_text_tower(self):
-        self._check_text_head()
+        self.check_text_head()
         name, folder = (self.config.text_model, "") if self.config.text_model else (self.name_or_path, TEXT_FOLDER)
         if not name:
             raise ValueError(
@@ -559,11 +558,13 @@ class DmgalModel(DmgalPreTrainedModel):
         Returns:
             `torch.FloatTensor` of shape `(..., V, N)`, float32.
         """
-        self._check_text_head()
+        self.check_text_head()
         return self.text_head(video_embeds, text_embeds)
 
-    def _check_text_head(self, of: str = ""):
+    def check_text_head(self, of: str = ""):
+        """Raises `ValueError` without one; `of` is what its message says first."""
         if self.text_head is None:
+            check_has_text_tower(self.config.backbone_config)
             raise ValueError(
                 f"{of}this model has no text head: build it with DmgalModel.from_backbone(..., text_guidance=True) on "
                 "a model of two towers (CLIP, SigLIP, SigLIP2, MetaCLIP 2)."

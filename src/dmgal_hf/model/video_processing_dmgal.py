@@ -78,7 +78,11 @@ def center_crop(clip: torch.Tensor, height: int, width: int) -> torch.Tensor:
         `ValueError`: where the crop is larger than the frames.
     """
     check_clip(clip)
-    check_crop(clip, height, width)
+    if clip.shape[-2] < height or clip.shape[-1] < width:
+        raise ValueError(
+            f"the crop of {height} x {width} pixels (height x width) is larger than the frames of "
+            f"{clip.shape[-2]} x {clip.shape[-1]}: resize them first, or crop less"
+        )
     top, left = (clip.shape[-2] - height) // 2, (clip.shape[-1] - width) // 2
     return clip[..., top : top + height, left : left + width]
 
@@ -90,15 +94,6 @@ def check_clip(clip: torch.Tensor) -> None:
     if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[1] != 3 or clip.numel() == 0:
         raise ValueError(
             f"a clip is a uint8 tensor of shape (T, 3, H, W), not {clip.dtype} of shape {tuple(clip.shape)}"
-        )
-
-
-def check_crop(clip: torch.Tensor, height: int, width: int) -> None:
-    """Raises `ValueError` where a crop of `height` x `width` does not fit into the frames of `clip`."""
-    if clip.shape[-2] < height or clip.shape[-1] < width:
-        raise ValueError(
-            f"the crop of {height} x {width} pixels (height x width) is larger than the frames of "
-            f"{clip.shape[-2]} x {clip.shape[-1]}: resize them first, or crop less"
         )
 
 
