@@ -153,14 +153,6 @@ class OfficialHead(nn.Module):
         return support.mean((-1, -2)), query.mean((-1, -2))
 
 
-class BackboneOfTransformers(nn.Module):
-    """ResNet-50 of transformers in the place of torchvision's: the same layers; the last two children are cut off."""
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        self.maps, self.pool, self.classifier = LastHiddenState(backbone), nn.Identity(), nn.Identity()
-
-
 class LastHiddenState(nn.Module):
     def __init__(self, backbone: nn.Module):
         super().__init__()
@@ -171,7 +163,10 @@ class LastHiddenState(nn.Module):
 
 
 def load_official_model(checkout: str, backbone: nn.Module) -> nn.Module:
-    """The authors' whole model around a ResNet-50 of transformers; for what their file imports there are stand-ins."""
+    """
+    The authors' whole model around a ResNet-50 of transformers, which has the layers of torchvision's; for what their
+    file imports there are stand-ins.
+    """
     names = [*OfficialHead.NAMES.values(), "PositionalEncoding", "DMAGL", "cos_sim", "extract_class_indices"]
     axes = {
         "b s d -> (b s) d": lambda x, **_: x.flatten(0, 1),
@@ -180,8 +175,9 @@ def load_official_model(checkout: str, backbone: nn.Module) -> nn.Module:
         ),
         "c q -> q c": lambda x, **_: x.T,
     }
+    resnet = nn.Sequential(LastHiddenState(backbone), nn.Identity(), nn.Identity())  # the last two are cut off
     stand_ins = {
-        "models": SimpleNamespace(resnet50=lambda pretrained: BackboneOfTransformers(backbone)),
+        "models": SimpleNamespace(resnet50=lambda pretrained: resnet),
         "rearrange": lambda x, pattern, **sizes: axes[pattern](x, **sizes),
         "split_first_dim_linear": lambda x, sizes: x.reshape(*sizes, -1),
         "NUM_SAMPLES": 1,

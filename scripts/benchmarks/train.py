@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel
 
@@ -144,9 +143,10 @@ def training_step(model: nn.Module, loss_of: Callable[[], torch.Tensor], device:
 def prepare_lora(arguments: BenchmarkArguments, shot: int) -> Run:
     """LoRA of about the adapters' size in the same model, matched in the same way, under autocast."""
     torch.manual_seed(0)
-    fields = {"backbone_config": clip_config(arguments.small), "paradigm": "adapter", "frame_pooling": "cls"}
-    config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])
-    model = get_peft_model(DmgalModel(DmgalConfig(**fields)), config).to(arguments.device).train()
+    lora = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+    fields = {"paradigm": "adapter", "frame_pooling": "cls", "adapter_config": lora}
+    config = DmgalConfig(backbone_config=clip_config(arguments.small), **fields)
+    model = DmgalModel(config).to(arguments.device).train()
     episode = make_episode(arguments.small, shot, arguments.device)
     return training_step(model, lambda: model(**episode).loss, arguments.device, bfloat16=True)
 
