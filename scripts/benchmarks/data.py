@@ -1,6 +1,7 @@
 """Data: frames of clips, the frame cache, the data loader, lists and episodes."""
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,25 +107,18 @@ def fetch_by_torchcodec(path: str, seek_mode: str) -> torch.Tensor:
 def find_fetchers() -> tuple[dict[str, Callable[[str], torch.Tensor]], list[str]]:
     """One thread each, as a data loader has several processes."""
     fetchers = {OURS: functools.partial(read_frames, num_frames=NUM_FRAMES), "PyAV, all frames": fetch_from_all}
+    by_torchcodec = {
+        f"torchcodec, {mode}": functools.partial(fetch_by_torchcodec, seek_mode=mode)
+        for mode in ("exact", "approximate")
+    }
     skipped = []
-    try:
-        import decord  # noqa: F401
-
-        fetchers["decord"] = fetch_by_decord
-    except (ImportError, OSError, RuntimeError) as error:
-        skipped.append(f"decord ({_first_line(error)})")
-    try:
-        import torchcodec.decoders  # noqa: F401
-
-        for mode in ("exact", "approximate"):
-            fetchers[f"torchcodec, {mode}"] = functools.partial(fetch_by_torchcodec, seek_mode=mode)
-    except (ImportError, OSError, RuntimeError) as error:
-        skipped.append(f"torchcodec ({_first_line(error)})")
+    for module, of_module in {"decord": {"decord": fetch_by_decord}, "torchcodec.decoders": by_torchcodec}.items():
+        try:
+            importlib.import_module(module)
+            fetchers |= of_module
+        except (ImportError, OSError, RuntimeError) as error:
+            skipped.append(f"{module.split('.')[0]} ({str(error).splitlines()[0].rstrip(':. ')})")
     return fetchers, skipped
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(":. ")
 
 
 def compare_frames(paths: list[str], output: list[torch.Tensor], expected: list[torch.Tensor]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers.utils.hub import extract_commit_hash
 from ..model.backbones import has_adapters
 from ..model.configuration_dmgal import DmgalConfig
 from ..model.modeling_dmgal import DmgalModel
+from ..model.pretrained_dmgal import model_id
 from ..model.video_processing_dmgal import DmgalVideoProcessor
 
 TASK = "few-shot-video-classification"
@@ -66,12 +67,6 @@ def find_processor(model: PreTrainedModel, given: Any) -> DmgalVideoProcessor:
         raise ValueError(
             f"{name} has no preprocessor_config.json: save its DmgalVideoProcessor there, or pass image_processor=."
         ) from error
-
-
-def model_id(model: PreTrainedModel) -> str | None:
-    """Id or absolute folder of the checkpoint, None for a model that has none."""
-    name = getattr(model, "name_or_path", None)
-    return os.path.abspath(name) if name and os.path.isdir(name) else name or None
 
 
 def kept_model_id(model: PreTrainedModel) -> str | None:

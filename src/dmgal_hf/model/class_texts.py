@@ -198,18 +198,13 @@ def embed_texts(tower: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
                 f"{text!r} is {len(tokens)} tokens long and the text tower reads {longest}: shorten the label or its "
                 "description"
             )
+    names, padding = ("input_ids", "attention_mask"), {"padding": True}
     if tower.config.model_type.startswith("siglip"):
         # It has learnt with texts that are all padded to one length, and without a mask.
-        tokens = tokenizer(list(texts), padding="max_length", max_length=longest, return_tensors="pt")
-        inputs = {"input_ids": tokens.input_ids}
-    else:
-        tokens = tokenizer(list(texts), padding=True, return_tensors="pt")
-        inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-    parts = []
+        names, padding = ("input_ids",), {"padding": "max_length", "max_length": longest}
+    inputs, parts = tokenizer(list(texts), return_tensors="pt", **padding).to(tower.device), []
     for start in range(0, len(texts), TEXTS_TOGETHER):
-        output = tower(
-            **{name: part[start : start + TEXTS_TOGETHER].to(tower.device) for name, part in inputs.items()}
-        )
+        output = tower(**{name: inputs[name][start : start + TEXTS_TOGETHER] for name in names})
         parts.append(output.text_embeds if "text_embeds" in output else output.pooler_output)
     return F.normalize(torch.cat(parts).float(), dim=-1)
 

@@ -117,7 +117,7 @@ class DmgalPreTrainedModel(PreTrainedModel):
         if towers is not backbone:
             backbone.name_or_path = backbone.config._name_or_path = towers.name_or_path
         if kwargs.get("text_guidance"):
-            kwargs["text_model"] = kwargs.get("text_model") or _absolute(towers.name_or_path)
+            kwargs["text_model"] = kwargs.get("text_model") or model_id(towers)
             if towers is backbone:
                 check_has_text_tower(backbone.config)
                 raise ValueError(
@@ -189,5 +189,7 @@ class DmgalPreTrainedModel(PreTrainedModel):
         self.config.text_model = name
 
 
-def _absolute(name: str) -> str | None:
-    return os.path.abspath(name) if os.path.isdir(name) else name or None
+def model_id(model: PreTrainedModel) -> str | None:
+    """Id or absolute folder of the checkpoint, None for a model that has none."""
+    name = getattr(model, "name_or_path", None)
+    return os.path.abspath(name) if name and os.path.isdir(name) else name or None

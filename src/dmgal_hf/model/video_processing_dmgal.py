@@ -426,15 +426,13 @@ def _is_picture(value: Any) -> bool:
 def undecoded_column(column: Any) -> Any:
     """A column of a `datasets.Dataset`; videos in it become {"path", "bytes"}, which the processor reads itself."""
     datasets = sys.modules["datasets"]  # no import: this file also works where it is not installed
-    feature = _feature(column)
+    if hasattr(column, "features"):
+        feature = column.features
+    else:  # of a stream, which may not know its own
+        feature = (column.source.features or {}).get(column.column_name)
     if not isinstance(feature, datasets.Video) or not feature.decode:
         return column
     return column.source.cast_column(column.column_name, datasets.Video(decode=False))[column.column_name]
-
-
-def _feature(column: Any) -> Any:
-    """That of a column of a `datasets.Dataset` or `IterableDataset`; a stream may not know its own."""
-    return column.features if hasattr(column, "features") else (column.source.features or {}).get(column.column_name)
 
 
 def _list_videos(videos: Any, name: str) -> dict[str, Any]:
