@@ -19,22 +19,13 @@ from .transforms import ClipAugmentation
 
 @dataclass
 class PackedEpisodes:
-    """
-    Items of [`EpisodeVideos`] with `raw=True` in one buffer.
+    """Items of [`EpisodeVideos`] with `raw=True` in one buffer."""
 
-    Attributes:
-        buffer (`torch.ByteTensor` of one dimension): all tensors one after the other, frames last.
-        layout (`list` of `(str, torch.dtype, tuple)`): their names, dtypes and shapes.
-        episode (`torch.LongTensor` of shape `(B,)`): index of every episode; it stays on the host, who asks for it.
-        broken (`list[str]`): paths of unreadable videos.
-        way (`int`): classes of an episode.
-    """
-
-    buffer: torch.Tensor
-    layout: list[tuple[str, torch.dtype, tuple[int, ...]]]
-    episode: torch.Tensor
-    broken: list[str]
-    way: int
+    buffer: torch.Tensor  # (bytes,) uint8: all tensors one after the other, frames last
+    layout: list[tuple[str, torch.dtype, tuple[int, ...]]]  # their names, dtypes and shapes
+    episode: torch.Tensor  # (B,) int64, index of every episode; it stays on the host, who asks for it
+    broken: list[str]  # paths of unreadable videos
+    way: int  # classes of an episode
 
     def pin_memory(self) -> "PackedEpisodes":
         return replace(self, buffer=self.buffer.pin_memory())

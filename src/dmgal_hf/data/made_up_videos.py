@@ -23,29 +23,17 @@ from .written_aside import written_aside
 
 
 class MadeUpVideos(NamedTuple):
-    """
-    A dataset whose clips are drawn.
+    """A dataset whose clips are drawn."""
 
-    Attributes:
-        name: how messages call it; with underscores, its folder in the cache and its name on the command line.
-        version: of the generator; it names the folder of the clips.
-        presets: names of its presets.
-        splits: split by class, in the order of the classes: "train" (base), "validation" or "test" (novel).
-        render: (class, preset, seed, index) -> (frames, height, width, 3) uint8 RGB; top-level, so that a spawned
-            process finds it.
-    """
-
-    name: str
-    version: int
+    name: str  # in messages; with underscores, its folder in the cache and its name on the command line
+    version: int  # of the generator; it names the folder of the clips
     presets: Collection[str]
-    splits: Mapping[str, str]
+    splits: Mapping[str, str]  # of each class, in their order: "train" (base), "validation" or "test" (novel)
+    # (class, preset, seed, index) -> (frames, height, width, 3) uint8 RGB; top-level, for spawned processes to find it
     render: Callable[[str, str, int, int], np.ndarray]
 
     def check(self, preset: str, class_name: str | None = None):
-        """
-        Raises:
-            ValueError: the preset or the class is unknown.
-        """
+        """Raises `ValueError` where the preset or the class is unknown."""
         if preset not in self.presets:
             raise ValueError(f"unknown preset {preset!r} of {self.name}: use one of {', '.join(self.presets)}")
         if class_name is not None and class_name not in self.splits:

@@ -122,24 +122,15 @@ def _place_rectangle(
 
 
 class Drawn(NamedTuple):
-    """
-    What was drawn for one clip, in the order it is applied.
+    """What was drawn for one clip, in the order it is applied."""
 
-    Attributes:
-        top, left (`int`): of the crop, in pixels of the resized frames.
-        flip (`bool`): whether the clip is mirrored.
-        gray (`bool`): whether it loses its colours.
-        colors (`tuple` of `(int, float)`): number of an adjustment (0 brightness, 1 contrast, 2 saturation, 3 hue) and
-            its factor or shift; those that have a strength.
-        erased (`tuple` of four `int`, *optional*): top, left, height and width of the grey rectangle in the crop.
-    """
-
-    top: int
+    top: int  # of the crop, in pixels of the resized frames
     left: int
-    flip: bool
-    gray: bool
+    flip: bool  # mirrored
+    gray: bool  # without colours
+    # Number of each adjustment that has a strength (0 brightness, 1 contrast, 2 saturation, 3 hue), factor or shift.
     colors: tuple[tuple[int, float], ...]
-    erased: tuple[int, int, int, int] | None
+    erased: tuple[int, int, int, int] | None  # top, left, height and width of the grey rectangle in the crop
 
 
 class ClipAugmentation:

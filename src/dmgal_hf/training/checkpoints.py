@@ -41,32 +41,18 @@ FREE_FIELDS = {
 
 @dataclass
 class Progress:
-    """
-    Where a run stands beside its weights.
+    """Where a run stands beside its weights."""
 
-    Attributes:
-        episodes (`int`): training episodes that are done.
-        best_accuracy (`float`): best validation accuracy so far, in percent; below 0 before the first.
-        best_episodes (`int`): when it was reached.
-        bad_steps (`int`): steps left out because of a loss that was not finite.
-        bad_in_a_row (`int`): the last of them without a good one between.
-        validation_due (`bool`): whether these weights are still to be validated.
-        broken (`list[str]`): unreadable training videos, by path.
-        history (`list[dict]`): losses and accuracies along the way.
-        arguments (`dict`): fields of the run, to be compared on resuming.
-        scheduler (`dict`): state of the learning-rate schedule.
-    """
-
-    episodes: int = 0
-    best_accuracy: float = -1.0
-    best_episodes: int = 0
-    bad_steps: int = 0
-    bad_in_a_row: int = 0
-    validation_due: bool = False
-    broken: list[str] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    arguments: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=dict)
+    episodes: int = 0  # training episodes that are done
+    best_accuracy: float = -1.0  # in validation so far, in percent; below 0 before the first
+    best_episodes: int = 0  # when it was reached
+    bad_steps: int = 0  # left out because of a loss that was not finite
+    bad_in_a_row: int = 0  # the last of them without a good one between
+    validation_due: bool = False  # these weights are still to be validated
+    broken: list[str] = field(default_factory=list)  # unreadable training videos, by path
+    history: list[dict[str, Any]] = field(default_factory=list)  # losses and accuracies along the way
+    arguments: dict[str, Any] = field(default_factory=dict)  # fields of the run, to be compared on resuming
+    scheduler: dict[str, Any] = field(default_factory=dict)  # state of the learning-rate schedule
 
 
 @contextmanager
