@@ -124,11 +124,9 @@ def load_video_folder(
 
     Args:
         root (`str` or `os.PathLike`): the folder, or a zip archive, or `FILE.zip#/folder` inside one.
-        seed (`int`): which division of the classes. Not used where the folder has splits.
-        fractions (`Sequence[float]`): shares of train, validation and test. Not used where the folder has splits.
-        validation (`bool`):
-            `False` has the classes that would validate train; those of the test are the same. Not used where the
-            folder has splits.
+        seed (`int`): which division of the classes. Like what follows, not used where the folder has splits.
+        fractions (`Sequence[float]`): shares of train, validation and test.
+        validation (`bool`): `False` has the classes that would validate train; those of the test are the same.
 
     Returns:
         `datasets.DatasetDict`: one dataset a split; classes sorted within a split, rows by path. `video_id` is the

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,14 +11,9 @@ from datasets import Dataset
 from ..model.video_decoding import VideoDecodeError, read_frames
 from ..model.video_processing_dmgal import DmgalVideoProcessor, resize_short_side
 from .batched_transforms import as_numbers
+from .episodes import EpisodeSource
 from .frame_memory import FrameMemory
 from .transforms import ClipAugmentation
-
-
-class Episodes(Protocol):
-    """An [`EpisodeSource`] or an episode list: `episodes[i]` names rows of the video dataset."""
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]: ...
 
 
 class EpisodeVideos(torch.utils.data.Dataset):
@@ -65,7 +60,7 @@ class EpisodeVideos(torch.utils.data.Dataset):
     def __init__(
         self,
         videos: Dataset,
-        episodes: Episodes,
+        episodes: EpisodeSource | Dataset,
         processor: DmgalVideoProcessor,
         augmentations: tuple[ClipAugmentation, ClipAugmentation] | None = None,
         seed: int = 0,

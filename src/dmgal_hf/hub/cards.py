@@ -148,9 +148,11 @@ def _describe_model(
         "matching": MATCHINGS[config.get("alignment", _DEFAULT["alignment"])],
         "text": _describe_text(config, text_loss_weight) if config.get("text_guidance") and not is_adapter else None,
         "num_frames": config.get("num_frames") or num_frames or _DEFAULT["num_frames"],
-        "model_fields": {
-            name: config[name] for name in MODEL_FIELDS if config.get(name, _DEFAULT[name]) != _DEFAULT[name]
-        },
+        "model_fields": "".join(
+            f", {name}={json.dumps(config[name])}"
+            for name in MODEL_FIELDS
+            if config.get(name, _DEFAULT[name]) != _DEFAULT[name]
+        ),
     }
 
 
@@ -196,13 +198,7 @@ def _model_card(name: str, dataset: str | None, metrics: dict[str, Any], **facts
         test=metrics.get("test"),
         validation=metrics.get("validation"),
         training=metrics.get("training"),
-        **facts
-        | {
-            "arguments": yaml.safe_dump(facts["arguments"], sort_keys=False) if facts["arguments"] else None,
-            "model_fields": "".join(
-                f", {field}={json.dumps(value)}" for field, value in facts["model_fields"].items()
-            ),
-        },
+        **facts | {"arguments": yaml.safe_dump(facts["arguments"], sort_keys=False) if facts["arguments"] else None},
     )
 
 

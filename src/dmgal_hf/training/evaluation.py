@@ -52,13 +52,12 @@ def evaluate_episodes(
         videos (`datasets.Dataset`): columns `video` and `label` (`ClassLabel`).
         episodes (`datasets.Dataset`): an episode list over the rows of `videos`.
         accelerator (`Accelerator`): of the run.
-        num_workers (`int`): processes that read videos, for each process that computes.
         episodes_per_forward (`int`, *optional*):
             Episodes a forward pass of a process, by default as many of one size as 64 MB of clips hold, on a CPU
             16 MB. The result does not depend on it.
         description (`str`): of the progress bars.
         memory ([`FrameMemory`], *optional*): of `videos`, for lists that are evaluated again and again.
-        kept_clips_gb (`float`, *optional*): memory for the clips, see [`encode_clips`].
+        num_workers, kept_clips_gb: as in [`encode_clips`].
         kept ([`KeptClips`], *optional*): the clips, encoded before.
 
     Returns:
