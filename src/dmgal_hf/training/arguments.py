@@ -1,12 +1,11 @@
 """Command lines of the scripts: dataclass fields from a YAML file, overridden by `--field value`."""
 
 import argparse
-import difflib
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import CONFIG_MAPPING, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from ..data.splits import BENCHMARKS
+from ..model.configuration_mga import spelling_hint
 
 
 class _Named:
@@ -260,7 +260,8 @@ def _check_backbone_config(config: dict[str, Any]):
     for name in config:
         if name not in known:
             raise ValueError(
-                f"backbone_config has the unknown field {name!r} for {config['model_type']!r}.{_nearest(name, known)}"
+                f"backbone_config has the unknown field {name!r} for {config['model_type']!r}. "
+                f"{spelling_hint(name, sorted(known))}"
             )
 
 
@@ -302,7 +303,7 @@ def parse_arguments(
     values = {} if config is None else _read_yaml(Path(config))
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{config} has the unknown field {name!r}.{_nearest(str(name), known)}")
+            raise ValueError(f"{config} has the unknown field {name!r}. {spelling_hint(str(name), sorted(known))}")
         if not _fits(value, known[name]):
             kind = getattr(known[name], "__name__", known[name])
             raise ValueError(f"{config} has {name}={value!r}, which must be {kind}.")
@@ -310,7 +311,7 @@ def parse_arguments(
     *instances, _, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest:
         name = rest[0].lstrip("-").split("=")[0]
-        raise ValueError(f"unknown option {rest[0]!r}.{_nearest(name, [*known, 'config'])}")
+        raise ValueError(f"unknown option {rest[0]!r}. {spelling_hint(name, sorted([*known, 'config']))}")
     options = {word.split("=")[0] for word in argv}
     named = {action.dest for action in parser._actions if options.intersection(action.option_strings)}
     for instance in instances:
@@ -348,8 +349,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of field names to values, got {type(values).__name__}.")
     return values
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else f" Known fields: {', '.join(sorted(known))}."
