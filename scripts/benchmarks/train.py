@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ class Workers:
         self.errors = Path(self.folder.name, "errors.txt")
         pipe = Path(self.folder.name, "steps")  # launchers do not hand on the standard input
         os.mkfifo(pipe)
+        self.steps = os.fdopen(os.open(pipe, os.O_RDWR), "w")  # for writing alone it would wait for a reader
         on_cpu = torch.device(device).type == "cpu"
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes),
                   "--num_machines", "1", "--num_cpu_threads_per_process", "1", "--main_process_port", "0",
@@ -53,28 +53,17 @@ class Workers:
             text=True,
             env={**os.environ, "STEPS": str(pipe), **({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})},
         )
-        self.pipe, self.steps = pipe, None
 
     def run(self, steps: int) -> dict[str, Any]:
         """Runs steps and returns what the main process tells of them. The first call waits for the start, so that
         all that were made before it start side by side."""
-        while self.steps is None:  # until the main process has opened its end
-            try:
-                self.steps = os.fdopen(os.open(self.pipe, os.O_WRONLY | os.O_NONBLOCK), "w")
-            except OSError:
-                self._check_alive()
-                time.sleep(0.05)
         self.steps.write(f"{steps}\n")
         self.steps.flush()
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
         self.process.wait()
-        self._check_alive()
-
-    def _check_alive(self):
-        if self.process.poll() is not None:
-            raise RuntimeError(f"the processes that train ended:\n{self.errors.read_text()}")
+        raise RuntimeError(f"the processes that train ended:\n{self.errors.read_text()}")
 
     def close(self):
         self.steps.close()
