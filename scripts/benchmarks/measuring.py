@@ -24,6 +24,7 @@ OURS = "dmgal_hf"
 PARTS = ("head", "growth", "adapter", "support", "data", "train", "feed", "evaluate")
 GPU_PARTS = ("head", "train", "support", "feed")  # in one call of a few minutes
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmark.py"
+PEAK_RESET = Path("/proc/self/clear_refs")  # of Linux: what "5" is written to counts the peak of memory anew
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class BenchmarkArguments:
     repeats: int = field(default=5, metadata={"help": "Rounds that are timed, after one that is not."})
     threads: int = field(default_factory=lambda: os.cpu_count() or 1, metadata={"help": "Threads of torch."})
     small: bool = field(default=False, metadata={"help": "Tiny shapes, to try the script; the figures mean nothing."})
-    memory: bool = field(default=True, metadata={"help": "Measure peak memory; each takes a process and its start."})
+    memory: bool = field(default=True, metadata={"help": "Measure peak memory (Linux), each in a process of its own."})
     reference: str | None = field(default=None, metadata={"help": "Checkout of ReverseSuzhou/DMGAL (head, train)."})
     json: str | None = field(default=None, metadata={"help": "Write everything measured into this JSON file."})
     plot: str | None = field(default=None, metadata={"help": "Draw the curves of growth into this PNG file."})
@@ -165,7 +166,7 @@ def measure_group(group: Group, arguments: BenchmarkArguments) -> dict[str, Any]
         run.close()
     del run, runs
     gc.collect()
-    if group.memory and arguments.memory and not on_gpu(arguments.device):
+    if group.memory and arguments.memory and not on_gpu(arguments.device) and PEAK_RESET.exists():
         for row in rows:
             row["peak_bytes"] = memory_of_its_own_process(f"{group.name}|{row['name']}", arguments)
         for row in rows:
@@ -310,25 +311,13 @@ def measure_memory(case: str, groups: list[Group], device: str) -> int:
         raise ValueError(f"measure_memory must be one of {'; '.join(cases)}, got {case!r}.")
     call = cases[case].prepare().call
     gc.collect()
-    before = _reset_peak_resident()
+    PEAK_RESET.write_text("5")
+    before = _peak_resident()
     call()
     return max(_peak_resident() - before, 0)
 
 
-def _reset_peak_resident() -> int:
-    """Bytes resident now, from which the peak is counted anew where the system can do so."""
-    if not os.path.exists("/proc/self/clear_refs"):
-        return _peak_resident()
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak_resident()
-
-
 def _peak_resident() -> int:
-    if os.path.exists("/proc/self/status"):
-        # Not getrusage: on Linux a new process starts with the peak of the one that started it.
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    # Not getrusage: a new process starts with the peak of the one that started it.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
