@@ -1,6 +1,6 @@
 """Trains one variant after the other with the same seeds and budget, and prints their novel-class accuracy.
 
-python scripts/ablate.py --config scripts/configs/puppets_ft.yaml --output_dir runs/ablation [--only NAME ...]
+python scripts/ablate.py --config scripts/configs/motion_shapes_ft.yaml --output_dir runs/ablation [--only NAME ...]
     [--seeds 0 1 2] [--processes 2]
 
 The markdown table is also written into output_dir/table.md.

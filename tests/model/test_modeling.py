@@ -257,6 +257,22 @@ def test_a_given_backbone_stays_as_it_is():
         model.save_pretrained("nowhere")
 
 
+@pytest.mark.parametrize("paradigm", ["ft", "adapter"])
+def test_the_backbone_of_a_checkpoint_starts_another_model(tmp_path, paradigm):
+    trained = make_model(paradigm=paradigm, mixer=False, motion_reduction=4)
+    trained.save_pretrained(tmp_path)
+    model = DmgalModel.from_backbone(tmp_path, paradigm="ft", motion_reduction=4)
+    expected, found = trained.backbone.state_dict(), model.backbone.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert model.mixer is not None and all(one.requires_grad for one in model.parameters())
+
+
+def test_a_backbone_with_adapters_in_it_starts_no_other_model(tmp_path):
+    make_model(BACKBONES["vit"], paradigm="adapter", adapter_config={"reduction": 2}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has adapters in it: give the backbone that they were trained for"):
+        DmgalModel.from_backbone(tmp_path, paradigm="ft")
+
+
 @torch.no_grad()
 def test_backbones_in_half_precision(tmp_path):
     """Stored so, they are loaded in full; an object in it gets the rest of the model in the same."""

@@ -52,12 +52,24 @@ def build_backbone(backbone_config: PreTrainedConfig, with_head: bool = False) -
 
 
 def load_backbone(name_or_path: str | os.PathLike) -> PreTrainedModel:
-    """A pretrained backbone; of a model of several towers (CLIP, SigLIP) that of the pictures."""
+    """A pretrained backbone; of a model of several towers (CLIP, SigLIP) that of the pictures, of DMGAL-FT its own."""
     config = AutoConfig.from_pretrained(name_or_path)
+    if config.model_type == "dmgal":
+        return _backbone_of_checkpoint(name_or_path)
     config = getattr(config, "vision_config", config)
     model_class, kwargs = _backbone_class(config)
     # Also where it was stored in half precision: what is built around it is not, and adapters train badly so.
     return model_class.from_pretrained(name_or_path, config=config, dtype=torch.float32, **kwargs)
+
+
+def _backbone_of_checkpoint(name_or_path: str | os.PathLike) -> PreTrainedModel:
+    """That of a checkpoint of DMGAL, free to train. Raises `ValueError` if adapters are in it."""
+    backbone = AutoModel.from_pretrained(name_or_path, dtype=torch.float32).backbone
+    if has_adapters(backbone):
+        raise ValueError(
+            f"the backbone of {name_or_path} has adapters in it: give the backbone that they were trained for."
+        )
+    return backbone.requires_grad_()
 
 
 def load_towers(name_or_path: str | os.PathLike) -> PreTrainedModel:

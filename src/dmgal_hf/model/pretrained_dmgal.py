@@ -94,13 +94,14 @@ class DmgalPreTrainedModel(PreTrainedModel):
         Args:
             backbone (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel` of one):
                 A model id, a folder, or a loaded transformers vision model. Of a model of several towers (CLIP,
-                SigLIP) the vision tower is taken.
+                SigLIP) the vision tower is taken, of a stored checkpoint of DMGAL its backbone.
             kwargs:
                 Fields of [`DmgalConfig`]. With `text_guidance=True` the head by which the two towers compare pictures
                 with texts comes along, and `text_model` names where the text tower is read when it is needed.
 
         Raises:
-            ValueError: the backbone has no known vision configuration, or no text tower with `text_guidance`.
+            ValueError: the backbone has no known vision configuration, or no text tower with `text_guidance`; or it
+                is that of a checkpoint with adapters in it.
         """
         if "paradigm" not in kwargs:
             warnings.warn(

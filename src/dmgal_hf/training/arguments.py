@@ -70,7 +70,9 @@ class ModelArguments(_Named):
         help="Folder or id of a DMGAL checkpoint, or of adapters alone, where training starts. What it says "
         "stands in for the fields of the model that are not given, and for resize and crop_size.",
     )
-    backbone: str | None = HfArg(default=None, help="Model id or folder of a pretrained backbone.")
+    backbone: str | None = HfArg(
+        default=None, help="Model id or folder of a pretrained backbone, or of a DMGAL checkpoint that has one."
+    )
     backbone_config: dict | str | None = HfArg(
         default=None, help="Config of a backbone that starts from random weights, as YAML or JSON."
     )
