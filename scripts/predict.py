@@ -9,11 +9,12 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import pipeline
+from transformers.hf_argparser import HfArg
 
 from dmgal_hf.data.benchmarks import list_class_clips, scan_videos
 from dmgal_hf.inference.pipeline import TASK, FewShotVideoClassificationPipeline
@@ -27,19 +28,15 @@ from dmgal_hf.training.arguments import parse_arguments
 class PredictArguments:
     """What is classified, by what."""
 
-    model: str = field(metadata={"help": "Model id or folder."})
-    support: str = field(metadata={"help": "Folder of class folders, or of a kept support set."})
-    query: str = field(metadata={"help": "A video (file, URL or folder of frames), or a folder of videos."})
-    top_k: int = field(default=3, metadata={"help": "Classes shown of each video."})
-    unknown: str | None = field(
-        default=None, metadata={"help": "auto, or the distance beyond which a video is of no class."}
-    )
-    text_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the class names as text; 0 leaves them out."}
-    )
-    save: str | None = field(default=None, metadata={"help": "Keep the support set in this folder."})
-    json: str | None = field(default=None, metadata={"help": "Write the answers into this JSON file."})
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, mps, ..."})
+    model: str = HfArg(help="Model id or folder.")
+    support: str = HfArg(help="Folder of class folders, or of a kept support set.")
+    query: str = HfArg(help="A video (file, URL or folder of frames), or a folder of videos.")
+    top_k: int = HfArg(default=3, help="Classes shown of each video.")
+    unknown: str | None = HfArg(default=None, help="auto, or the distance beyond which a video is of no class.")
+    text_weight: float | None = HfArg(default=None, help="Weight of the class names as text; 0 leaves them out.")
+    save: str | None = HfArg(default=None, help="Keep the support set in this folder.")
+    json: str | None = HfArg(default=None, help="Write the answers into this JSON file.")
+    device: str = HfArg(default="cpu", help="cpu, cuda, cuda:1, mps, ...")
 
 
 def list_queries(query: str) -> list[str]:

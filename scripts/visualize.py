@@ -4,11 +4,12 @@
 and motion_association.png, and for one with C-MGA cross_attention.png.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from transformers import pipeline
+from transformers.hf_argparser import HfArg
 
 from dmgal_hf.data.benchmarks import list_class_clips
 from dmgal_hf.inference.pipeline import TASK
@@ -25,19 +26,19 @@ from dmgal_hf.training.arguments import parse_arguments
 class VisualizeArguments:
     """What is drawn, and where."""
 
-    model: str = field(metadata={"help": "Model id or folder."})
-    support: str = field(metadata={"help": "Folder of class folders."})
-    query: str = field(metadata={"help": "A video."})
-    output: str = field(metadata={"help": "Folder for the pictures."})
-    frame: int | None = field(default=None, metadata={"help": "Frame of the attention; by default one in the middle."})
-    patch: int | None = field(
-        default=None, metadata={"help": "Patch of the query in cross_attention.png; by default one in the middle."}
+    model: str = HfArg(help="Model id or folder.")
+    support: str = HfArg(help="Folder of class folders.")
+    query: str = HfArg(help="A video.")
+    output: str = HfArg(help="Folder for the pictures.")
+    frame: int | None = HfArg(default=None, help="Frame of the attention; by default one in the middle.")
+    patch: int | None = HfArg(
+        default=None, help="Patch of the query in cross_attention.png; by default one in the middle."
     )
-    pooled_grid: int | None = field(
-        default=None, metadata={"help": "Average the patches of motion_association.png over such a grid, e.g. 3."}
+    pooled_grid: int | None = HfArg(
+        default=None, help="Average the patches of motion_association.png over such a grid, e.g. 3."
     )
-    dpi: int = field(default=120, metadata={"help": "Pixels an inch."})
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, mps, ..."})
+    dpi: int = HfArg(default=120, help="Pixels an inch.")
+    device: str = HfArg(default="cpu", help="cpu, cuda, cuda:1, mps, ...")
 
 
 def main(arguments: VisualizeArguments):

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.hf_argparser import HfArg
 
 NUM_FRAMES = 8
 OURS = "dmgal_hf"
@@ -31,23 +32,21 @@ PEAK_RESET = Path("/proc/self/clear_refs")  # of Linux: what "5" is written to c
 class BenchmarkArguments:
     """What is measured, and how often."""
 
-    only: list[str] | None = field(
+    only: list[str] | None = HfArg(
         default=None,
-        metadata={"help": f"{', '.join(PARTS)}: one or several; by default all, on a GPU {', '.join(GPU_PARTS)}."},
+        help=f"{', '.join(PARTS)}: one or several; by default all, on a GPU {', '.join(GPU_PARTS)}.",
     )
-    device: str = field(default="cpu", metadata={"help": "cpu, or cuda."})
-    repeats: int = field(default=5, metadata={"help": "Rounds that are timed, after one that is not."})
-    threads: int = field(default_factory=lambda: os.cpu_count() or 1, metadata={"help": "Threads of torch."})
-    small: bool = field(default=False, metadata={"help": "Tiny shapes, to try the script; the figures mean nothing."})
-    memory: bool = field(default=True, metadata={"help": "Measure peak memory (Linux), each in a process of its own."})
-    reference: str | None = field(default=None, metadata={"help": "Checkout of ReverseSuzhou/DMGAL (head, train)."})
-    json: str | None = field(default=None, metadata={"help": "Write everything measured into this JSON file."})
-    plot: str | None = field(default=None, metadata={"help": "Draw the curves of growth into this PNG file."})
-    folder: str | None = field(
-        default=None, metadata={"help": "Keep the made videos and checkpoints here; by default none stays."}
-    )
-    measure_memory: str | None = field(
-        default=None, metadata={"help": "GROUP|CONTENDER: print the bytes that its first call adds, nothing else."}
+    device: str = HfArg(default="cpu", help="cpu, or cuda.")
+    repeats: int = HfArg(default=5, help="Rounds that are timed, after one that is not.")
+    threads: int = HfArg(default_factory=lambda: os.cpu_count() or 1, help="Threads of torch.")
+    small: bool = HfArg(default=False, help="Tiny shapes, to try the script; the figures mean nothing.")
+    memory: bool = HfArg(default=True, help="Measure peak memory (Linux), each in a process of its own.")
+    reference: str | None = HfArg(default=None, help="Checkout of ReverseSuzhou/DMGAL (head, train).")
+    json: str | None = HfArg(default=None, help="Write everything measured into this JSON file.")
+    plot: str | None = HfArg(default=None, help="Draw the curves of growth into this PNG file.")
+    folder: str | None = HfArg(default=None, help="Keep the made videos and checkpoints here; by default none stays.")
+    measure_memory: str | None = HfArg(
+        default=None, help="GROUP|CONTENDER: print the bytes that its first call adds, nothing else."
     )
 
     def __post_init__(self):

@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 from dmgal_hf.training.arguments import parse_arguments
 
@@ -16,15 +18,15 @@ from dmgal_hf.training.arguments import parse_arguments
 class DemoArguments:
     """Which model, and where the page is served."""
 
-    model: str | None = field(
+    model: str | None = HfArg(
         default_factory=lambda: os.environ.get("DMGAL_MODEL"),
-        metadata={"help": "Model id or folder; by default the environment variable DMGAL_MODEL."},
+        help="Model id or folder; by default the environment variable DMGAL_MODEL.",
     )
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, mps, ..."})
-    port: int | None = field(default=None, metadata={"help": "Port of the page; by default the first free from 7860."})
+    device: str = HfArg(default="cpu", help="cpu, cuda, cuda:1, mps, ...")
+    port: int | None = HfArg(default=None, help="Port of the page; by default the first free from 7860.")
 
-    max_file_mb: int = field(default=100, metadata={"help": "Megabytes of an uploaded clip, at most."})
-    max_seconds: float = field(default=60.0, metadata={"help": "Seconds of an uploaded clip, at most."})
+    max_file_mb: int = HfArg(default=100, help="Megabytes of an uploaded clip, at most.")
+    max_seconds: float = HfArg(default=60.0, help="Seconds of an uploaded clip, at most.")
 
     def __post_init__(self):
         if not self.model:
