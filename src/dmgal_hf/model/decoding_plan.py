@@ -44,13 +44,14 @@ def plan_decoding(context: av.VideoCodecContext, index: PacketIndex) -> Plan | N
         return None
     pictures = np.where(facts & PICTURE, np.arange(number), -1)
     begins = np.concatenate([[0], np.maximum.accumulate(pictures)[:-1] + 1])
-    stamps, key_stamps = pts[shown], pts[keys]
-    if (stamps == NO_STAMP).any() or (key_stamps == NO_STAMP).any() or len(np.unique(stamps)) < len(stamps):
+    key_stamps = pts[keys]
+    if (pts[shown] == NO_STAMP).any() or (key_stamps == NO_STAMP).any() or begins[keys[0]] != 0:
         return None
-    if begins[keys[0]] != 0:
+    shown, keys = shown[np.argsort(pts[shown])], keys[np.argsort(key_stamps, kind="stable")]
+    stamps = pts[shown]
+    if (stamps[1:] == stamps[:-1]).any():
         return None
-    shown, keys = shown[np.argsort(stamps)], keys[np.argsort(key_stamps, kind="stable")]
-    starts = np.searchsorted(pts[keys], pts[shown], "right") - 1
+    starts = np.searchsorted(pts[keys], stamps, "right") - 1
     if starts[0] < 0:  # shown before the first picture that can be decoded
         return None
     return Plan(pts, shown, keys[starts], begins, pts is not index.pts)

@@ -87,8 +87,8 @@ def _find_vops(packets: list[av.Packet]) -> tuple[np.ndarray, np.ndarray]:
     sizes = np.array([packet.size for packet in packets])
     ends = np.cumsum(sizes)
     data = np.frombuffer(b"".join([*packets, _VOP]), np.uint8)
-    starts = np.flatnonzero(data[3 : ends[-1]] == _VOP[3])
-    starts = starts[(data[starts + 2] == _VOP[2]) & (data[starts + 1] == 0) & (data[starts] == 0)]
+    starts = np.flatnonzero((data[3 : ends[-1]] == _VOP[3]) & (data[2 : ends[-1] - 1] == _VOP[2]))
+    starts = starts[(data[starts + 1] == 0) & (data[starts] == 0)]
     owners, after = np.searchsorted(ends, starts, "right"), starts + len(_VOP)
     inside = after <= ends[owners]  # not half in the packet that follows
     owners, after = owners[inside], after[inside]
