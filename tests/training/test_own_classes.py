@@ -12,7 +12,7 @@ from towers import save_towers
 from training_runs import ON_CPU, SCRIPTS, run
 from transformers import AutoModel
 
-from dmgal_hf.data.made_up_videos import _encode
+from dmgal_hf.data.made_up_videos import encode_frames
 
 
 def write_clips(folder, classes, clips, frames=8):
@@ -25,7 +25,7 @@ def write_clips(folder, classes, clips, frames=8):
             for frame in range(frames):
                 top, left = (frame * number) % 26, (3 * frame + clip) % 30
                 pixels[frame, top : top + 10, left : left + 10] = 230
-            (folder / f"class {number}" / f"{clip}.mp4").write_bytes(_encode(pixels))
+            (folder / f"class {number}" / f"{clip}.mp4").write_bytes(encode_frames(pixels))
     return folder
 
 

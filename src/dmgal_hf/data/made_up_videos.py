@@ -107,7 +107,7 @@ class MadeUpVideos(NamedTuple):
             ) from error
 
 
-def _encode(frames: np.ndarray) -> bytes:
+def encode_frames(frames: np.ndarray) -> bytes:
     """One H.264 mp4 file, the same bytes on every call."""
     file = io.BytesIO()
     # bitexact: no library version in the file's header.
@@ -135,7 +135,7 @@ def _write_clip(job: tuple[Callable, str, str, str, int, int]) -> None:
     """Render one clip into its class folder; top-level, with plain arguments, so that a spawned process can run it."""
     render, folder, class_name, preset, seed, index = job
     target = Path(folder) / class_name / _clip_name(index)
-    content = _encode(render(class_name, preset, seed, index))
+    content = encode_frames(render(class_name, preset, seed, index))
     with written_aside(target) as aside:
         aside.write_bytes(content)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, pipeline
 
-from ..data.made_up_videos import _encode
+from ..data.made_up_videos import encode_frames
 from ..data.motion_shapes import render_clip
 from ..data.splits import VIDEO_SUFFIXES
 from ..model.video_decoding import VideoDecodeError, probe_video
@@ -227,5 +227,5 @@ def write_examples(folder: Path) -> dict[str, list[str]]:
     for label, motion in EXAMPLES.items():
         examples[label] = [str(folder / f"{motion}_{index}.mp4") for index in range(3)]
         for index, path in enumerate(examples[label]):
-            Path(path).write_bytes(_encode(render_clip(motion, index=index)))
+            Path(path).write_bytes(encode_frames(render_clip(motion, index=index)))
     return examples

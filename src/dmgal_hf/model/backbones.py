@@ -12,6 +12,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, MetaClip2VisionModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .configuration_dmgal import DmgalConfig
 from .configuration_mga import MgaConfig, read_adapter_config
 from .modeling_mga import MgaModel
 
@@ -54,7 +55,7 @@ def build_backbone(backbone_config: PreTrainedConfig, with_head: bool = False) -
 def load_backbone(name_or_path: str | os.PathLike) -> PreTrainedModel:
     """A pretrained backbone; of a model of several towers (CLIP, SigLIP) that of the pictures, of DMGAL-FT its own."""
     config = AutoConfig.from_pretrained(name_or_path)
-    if config.model_type == "dmgal":
+    if config.model_type == DmgalConfig.model_type:
         return _backbone_of_checkpoint(name_or_path)
     config = getattr(config, "vision_config", config)
     model_class, kwargs = _backbone_class(config)

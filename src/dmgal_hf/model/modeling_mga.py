@@ -136,6 +136,9 @@ class MgaLayer(nn.Module, BaseTunerLayer):
                 return parameter.device, parameter.dtype
         return None, None
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(WHY_NOT_MERGED)
+
     def unmerge(self) -> None:
         raise NotImplementedError(WHY_NOT_MERGED)
 

@@ -26,7 +26,7 @@ from .arguments import DataArguments, EvaluateArguments
 from .loading import load_videos
 
 # Of the clips of a forward pass over episodes; what a CPU has gathered is then still in its cache.
-BYTES_TOGETHER = {"cpu": 16 * 10**6, "cuda": 64 * 10**6}
+BYTES_TOGETHER = {"cpu": 16 * 10**6, "gpu": 64 * 10**6}
 
 
 def evaluate_episodes(
@@ -138,7 +138,7 @@ class _Tally:
 def _fitting(kept: KeptClips, num_support: int, num_query: int, device: torch.device) -> int:
     """Episodes whose clips, gathered for a forward pass, take BYTES_TOGETHER, but one at least."""
     an_episode = num_support * kept.bytes_of("support") + num_query * kept.bytes_of("query")
-    return max(1, BYTES_TOGETHER.get(device.type, 64 * 10**6) // an_episode)
+    return max(1, BYTES_TOGETHER["cpu" if device.type == "cpu" else "gpu"] // an_episode)
 
 
 def _score(
