@@ -55,13 +55,13 @@ def make_model(kind="ft", seed=0, **fields):
     return model
 
 
-def write_video(path, seed, frames=16, fps=FPS, options=None):
+def write_video(path, seed, frames=16, fps=FPS, options=None, codec="libx264"):
     """A bright square that moves over noise; `seed` decides how."""
     generator = np.random.default_rng(seed)
     start, step = generator.integers(0, 32, 2), generator.integers(-3, 4, 2)
     noise = generator.integers(0, 120, (32, 40, 3), dtype=np.uint8)
     with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
+        stream = container.add_stream(codec, rate=fps, options={"crf": "10"})
         stream.width, stream.height, stream.pix_fmt = 40, 32, "yuv420p"
         for number in range(frames):
             picture = noise.copy()
@@ -784,6 +784,21 @@ def test_stream_of_a_pipe_does_not_wait_for_frames_that_nobody_asked_for(tmp_pat
         closing.join(60)
         assert not closing.is_alive()
     os.close(writing)
+
+
+def test_the_first_window_of_a_pipe_comes_with_its_frames(tmp_path, classes):
+    """However much more FFmpeg would like to see of a format as it opens it, as of VP9 five seconds."""
+    classifier, answers = make_classifier().fit(classes), []
+    content = Path(write_video(tmp_path / "short.webm", 50, frames=40, fps=10, codec="libvpx-vp9")).read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    with open(os.open(tmp_path / "pipe", os.O_RDWR), "wb", buffering=0) as pipe:  # whose end never comes
+        waiting = threading.Thread(
+            target=lambda: answers.append(next(classifier.stream(tmp_path / "pipe", window=1.0))), daemon=True
+        )
+        waiting.start()
+        pipe.write(content)
+        waiting.join(60)
+    assert [answer[:2] for answer in answers] == [(0.0, 1.0)]
 
 
 def test_bad_streams(tmp_path, videos, classes):

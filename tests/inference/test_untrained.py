@@ -172,12 +172,49 @@ def test_fields_of_the_model_are_kept_with_the_supports(tmp_path, clip, classes,
     with pytest.raises(ValueError, match="model_fields are for a bare backbone"):
         pipeline(TASK, model=model, image_processor=processor, model_fields={"alignment": "mean"})
 
-    # A head of random weights is in no checkpoint.
-    head = DmgalModel.from_backbone(clip, paradigm="ft", num_frames=4)
-    pipeline(TASK, model=head, image_processor=processor, device="cpu").fit(classes).save(tmp_path / "head")
-    with pytest.raises(FileNotFoundError, match="never saved or got adapters"):
-        FewShotVideoClassificationPipeline.from_pretrained(tmp_path / "head")
     assert 'from_pretrained("org/x", model="FOLDER_OR_ID")' in support_card("org/x", None, {"a": 1})
+
+
+@pytest.mark.slow
+def test_a_model_of_no_checkpoint_is_kept_beside_its_support_set(tmp_path, clip, classes, videos, hub):
+    """One with a head of random weights, one with text, and one that is made in memory: on disk and over the Hub."""
+    processor = DmgalVideoProcessor.from_pretrained(clip, num_frames=4)
+    head = DmgalModel.from_backbone(clip, paradigm="ft", num_frames=4, text_guidance=True)
+    nameless = DmgalModel(head.config)
+    for name, model in {"head": head, "nameless": nameless}.items():
+        classifier = pipeline(TASK, model=model, image_processor=processor, device="cpu")
+        classifier.fit(classes, text_weight=1.0 if name == "head" else 0.0)
+        classifier.save(tmp_path / name)
+        again = FewShotVideoClassificationPipeline.from_pretrained(tmp_path / name, device="cpu")
+        assert by_label(again(videos[7])) == pytest.approx(by_label(classifier(videos[7])), abs=1e-5)
+    with pytest.raises(ValueError, match="weights, config or preprocessing differ"):
+        classifier.load(tmp_path / "head")
+
+    # The set may move, and what was loaded from it can be fitted and kept anew, also in its place.
+    shutil.move(tmp_path / "head", tmp_path / "moved")
+    again = FewShotVideoClassificationPipeline.from_pretrained(tmp_path / "moved", device="cpu")
+    expected = again.fit({"push left": videos[5:7], "tilt": videos[:2]}, text_weight=1.0)(videos[7])
+    for folder in (tmp_path / "moved", tmp_path / "copy"):
+        again.save(folder)
+    shutil.rmtree(tmp_path / "moved")
+    kept = FewShotVideoClassificationPipeline.from_pretrained(tmp_path / "copy", device="cpu")
+    assert by_label(kept(videos[7])) == pytest.approx(by_label(expected), abs=1e-5)
+
+    script = (
+        "import json, sys\n"
+        "from dmgal_hf import FewShotVideoClassificationPipeline as Classifier\n"
+        "folder, query, token = sys.argv[1:]\n"
+        "Classifier.from_pretrained(folder, device='cpu').push_to_hub('org/actions', token=token)\n"
+        "print(json.dumps(Classifier.from_pretrained('org/actions', device='cpu')(query)))\n"
+    )
+    env = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", script, tmp_path / "copy", videos[7], TOKEN]
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    assert by_label(json.loads(result.stdout.splitlines()[-1])) == pytest.approx(by_label(expected), abs=1e-5)
+    files = hub.files("org/actions")
+    assert {"support.json", "support_model/model.safetensors", "support_model/preprocessor_config.json"} <= set(files)
+    assert b'from_pretrained("org/actions")' in files["README.md"] and b"base_model" not in files["README.md"]
 
 
 @pytest.mark.slow

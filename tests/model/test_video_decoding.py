@@ -174,6 +174,7 @@ STREAMS = {
     "hevc_open_groups.mp4": x265("keyint=10:min-keyint=10:open-gop=1:bframes=3"),
     "hevc_10_bit.mkv": {**x265("keyint=10:min-keyint=10"), "pix_fmt": "yuv420p10le"},
     "vp9.webm": {"codec": "libvpx-vp9", "gop_size": 10, "options": {"lag-in-frames": "12", "cpu-used": "5"}},
+    "vp9_odd_size.webm": {"codec": "libvpx-vp9", "pix_fmt": "yuv444p", "size": (63, 95), "options": {"cpu-used": "5"}},
     "vp8.webm": {"codec": "libvpx", "gop_size": 20, "options": {"auto-alt-ref": "1", "lag-in-frames": "12"}},
     "av1.webm": {"codec": "libsvtav1", "gop_size": 10, "options": {"preset": "12"}},
     "mpeg4.avi": {"codec": "mpeg4", "gop_size": 10},

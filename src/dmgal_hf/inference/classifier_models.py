@@ -17,6 +17,7 @@ from ..model.video_processing_dmgal import DmgalVideoProcessor
 
 TASK = "few-shot-video-classification"
 UNNAMED_MODEL = "a model that was never saved or got adapters afterwards"
+MODEL_FOLDER = "support_model"  # beside a support set: its model, where no checkpoint gives it again
 
 
 def classifier_model(
@@ -71,10 +72,19 @@ def find_processor(model: PreTrainedModel, given: Any) -> DmgalVideoProcessor:
 
 def kept_model_id(model: PreTrainedModel) -> str | None:
     """[`model_id`] if that checkpoint alone gives the model, None if it never was one or got adapters afterwards."""
-    # peft calls the model in itself by the name of the checkpoint; transformers' own load_adapter() marks the model.
-    changed = isinstance(model, PeftModel) or getattr(model.backbone, "_hf_peft_config_loaded", False)
     built_here = _is_of_backbone(model) and (model.config.paradigm != "adapter" or has_adapters(model.backbone))
-    return None if changed or built_here else model_id(model)
+    name = None if _has_later_adapters(model) or built_here else model_id(model)
+    return None if name and os.path.basename(name) == MODEL_FOLDER else name
+
+
+def goes_beside(model: PreTrainedModel) -> bool:
+    """Whether a support set keeps the model: no checkpoint gives it again, and it can be saved whole."""
+    return kept_model_id(model) is None and not _has_later_adapters(model)
+
+
+def _has_later_adapters(model: PreTrainedModel) -> bool:
+    # peft calls the model in itself by the name of the checkpoint; transformers' own load_adapter() marks the model.
+    return isinstance(model, PeftModel) or getattr(model.backbone, "_hf_peft_config_loaded", False)
 
 
 def fields_of_untrained(model: PreTrainedModel) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from .classifier_models import (
     TASK,
     classifier_model,
     find_processor,
+    goes_beside,
     kept_model_id,
 )
 from .example_clips import clip_digests, read_classes
@@ -395,7 +396,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
     def save(self, folder: str | os.PathLike):
         """
         Writes the support set: `support.safetensors` and `support.json` with the labels, the threshold, the
-        temperature, and id, revision and fingerprint of the model. The clips themselves are not in it.
+        temperature, and id, revision and fingerprint of the model. The clips themselves are not in it. A model that
+        no checkpoint gives again, as one with a head of random weights, goes into `support_model` beside them.
         """
         write_support(folder, self._current, self.model, self.image_processor, self.temperature, self.text_weight)
 
@@ -442,14 +444,15 @@ class FewShotVideoClassificationPipeline(Pipeline):
         token: str | bool | None = None,
         commit_message: str = "Upload support set",
     ) -> CommitInfo:
-        """Uploads the support set (not the model) to a repository of its own, which is made if need be."""
+        """Uploads what [`save`] writes to a repository of its own, which is made if need be."""
         fitted, api = self._current, HfApi(token=token)
         model, numbers = kept_model_id(self.model), fitted.support.labels[0].tolist()
         shots = {label: numbers.count(number) for number, label in enumerate(fitted.labels)}
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
-            card = support_card(repo_id, None if model is None or os.path.isabs(model) else model, shots)
+            on_hub = None if model is None or os.path.isabs(model) else model
+            card = support_card(repo_id, on_hub, shots, goes_beside(self.model))
             Path(folder, "README.md").write_text(card, encoding="utf-8")
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
 
@@ -471,7 +474,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
             kwargs: for [`~transformers.pipeline`]; `dtype` is that of the support set if it is not given.
         """
         about, _ = find_support(folder_or_id, revision, token)
-        kwargs = made_with(about, os.fspath(folder_or_id), model, token) | kwargs
+        kwargs = made_with(about, os.fspath(folder_or_id), model, revision, token) | kwargs
         classifier = pipeline(TASK, token=token, pipeline_class=cls, **kwargs)
         return classifier.load(folder_or_id, revision, token)
 

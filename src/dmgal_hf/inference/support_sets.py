@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
@@ -18,7 +18,14 @@ from transformers import AutoConfig, PreTrainedModel
 from ..model.configuration_dmgal import DmgalConfig, check_text_weight
 from ..model.kept_supports import DmgalSupport
 from ..model.video_processing_dmgal import DmgalVideoProcessor
-from .classifier_models import UNNAMED_MODEL, fields_of_untrained, kept_model_id, model_revision
+from .classifier_models import (
+    MODEL_FOLDER,
+    UNNAMED_MODEL,
+    fields_of_untrained,
+    goes_beside,
+    kept_model_id,
+    model_revision,
+)
 from .fitted_support import FittedSupport
 
 SUPPORT_FILE, ABOUT_FILE = "support.safetensors", "support.json"
@@ -26,9 +33,9 @@ SUPPORT_FORMAT = 1
 
 _ABOUT_FIELDS = {"labels": list, "unknown": (int, float, type(None)), "unknown_is_auto": bool,
                  "temperature": (int, float), "text_weight": (int, float), "clip_digests": list,
-                 "model": (str, type(None)), "model_fields": (dict, type(None)), "revision": (str, type(None)),
-                 "dtype": str, "fingerprint": str}  # fmt: skip
-_YOUNGER_FIELDS = {"text_weight": 0.0, "model_fields": None}  # than the format: what a file without them means
+                 "model": (str, type(None)), "model_fields": (dict, type(None)), "model_beside": bool,
+                 "revision": (str, type(None)), "dtype": str, "fingerprint": str}  # fmt: skip
+_YOUNGER_FIELDS = {"text_weight": 0.0, "model_fields": None, "model_beside": False}  # than the format: what a file without them means
 
 TEXT_PROTOTYPES = "text.classes"  # among the tensors of a kept support set
 
@@ -42,11 +49,12 @@ def write_support(
     text_weight: float,
 ):
     """
-    Both files of a kept support set. They replace those of before once they are whole. The second names the first by
-    its hash, so they cannot be mixed up.
+    Both files of a kept support set, and the model where no checkpoint gives it again. They replace those of before
+    once they are whole. The second file names the first by its hash, so they cannot be mixed up.
     """
     # Brings `datasets` along, which takes longer to import than all else.
     from ..data.kept_clips import file_digest, fingerprint
+    from ..data.written_aside import replace_folder
 
     about = {
         "format_version": SUPPORT_FORMAT,
@@ -58,6 +66,7 @@ def write_support(
         "model_fields": fields_of_untrained(model),
         "clip_digests": list(fitted.digests),
         "model": kept_model_id(model),
+        "model_beside": goes_beside(model),
         "revision": model_revision(model),
         "dtype": _dtype_name(model),
         "fingerprint": fingerprint(model, processor),
@@ -72,6 +81,10 @@ def write_support(
         support.save(tensors)
         text = json.dumps(about | {"tensors": file_digest(tensors)}, indent=2, ensure_ascii=False)
         fields.write_text(text + "\n", "utf-8", errors="backslashreplace")  # half a character, as JSON writes it
+        if about["model_beside"]:
+            model.save_pretrained(Path(aside, MODEL_FOLDER))
+            processor.save_pretrained(Path(aside, MODEL_FOLDER))
+            replace_folder(folder / MODEL_FOLDER, Path(aside, MODEL_FOLDER))
         os.replace(tensors, folder / SUPPORT_FILE)
         os.replace(fields, folder / ABOUT_FILE)
 
@@ -91,9 +104,20 @@ def check_made_with(about: dict[str, Any], model: PreTrainedModel, processor: Dm
 
 
 def made_with(
-    about: dict[str, Any], name: str, model: str | PreTrainedModel | None, token: str | bool | None
+    about: dict[str, Any],
+    name: str,
+    model: str | PreTrainedModel | None,
+    revision: str | None,
+    token: str | bool | None,
 ) -> dict[str, Any]:
-    """What `pipeline()` needs for the model of the support set `name`; `model` is where it lies now, if it moved."""
+    """
+    What `pipeline()` needs for the model of the support set `name` of that `revision`; `model` is where it lies now,
+    if it moved.
+    """
+    if model is None and about["model_beside"]:
+        if not os.path.isdir(name):
+            name = snapshot_download(name, revision=revision, token=token, allow_patterns=f"{MODEL_FOLDER}/*")
+        about = about | {"model": os.path.abspath(os.path.join(name, MODEL_FOLDER)), "revision": None}
     fields, found = about["model_fields"], {"model": model}
     if model is None:
         model = about["model"]
@@ -218,12 +242,13 @@ def _damaged(path: Path, problem: object) -> ValueError:
     return ValueError(f"{path} is damaged ({problem}): fit again from the clips, and save")
 
 
-def support_card(repo_id: str, base_model: str | None, shots: Mapping[str, int]) -> str:
+def support_card(repo_id: str, base_model: str | None, shots: Mapping[str, int], beside: bool = False) -> str:
     """
-    Model card of a pushed support set. `base_model`: the model's id on the Hub, without which the call asks for it;
-    `shots`: example clips a class.
+    Model card of a pushed support set. `base_model`: the model's id on the Hub, if it has one; `shots`: example clips a
+    class; `beside`: whether the model is pushed with the set. Where it is in neither place, the call asks for it.
     """
-    model = "" if base_model else ', model="FOLDER_OR_ID"'
+    found = base_model or beside
+    model = "" if found else ', model="FOLDER_OR_ID"'
     lines = ["---", "library_name: dmgal-hf", "pipeline_tag: video-classification", "tags:", "- few-shot-learning"]
     lines += [f"base_model: {base_model}"] if base_model else []
     lines += ["---", "", "# A few-shot video classifier", "", "| class | example clips |", "|---|---|"]
@@ -239,7 +264,7 @@ def support_card(repo_id: str, base_model: str | None, shots: Mapping[str, int])
         "",
     ]
     lines += (
-        [] if base_model else ["The model is not on the Hub: give the folder or id of the one it was made with.", ""]
+        [] if found else ["The model is not on the Hub: give the folder or id of the one it was made with.", ""]
     )
     return "\n".join(lines)
 

@@ -44,6 +44,7 @@ from .video_stream import VideoStream
 from .whole_files import check_whole
 from .zip_archive import LOCAL_HEADER, open_zip, split_zip_path
 
+_WEBM = b"\x42\x82\x84webm"  # in the header of such a file
 _DRAW_BITS = 24  # a float32 draw in [0, 1) is a multiple of 2**-24
 
 
@@ -138,7 +139,8 @@ def _open(video: Any) -> VideoStream | FrameFiles:
                 return ArchivedFrames(source, archive, inner)
             (media,) = archive.read(source, archive.find(inner))
         with _as_file(media) as file:
-            if file.read(4) == LOCAL_HEADER:
+            head = file.read(64)
+            if head.startswith(LOCAL_HEADER):
                 return ZippedFrames(source, media)
             check_whole(source, file)
             behind = video_behind_picture(source, file)
@@ -146,7 +148,7 @@ def _open(video: Any) -> VideoStream | FrameFiles:
             return _open({"path": source, "bytes": behind})
     except (OSError, zipfile.BadZipFile) as error:
         raise VideoDecodeError(source, f"cannot be opened ({error})", "Check the path and its permissions.") from error
-    return VideoStream(source, media)
+    return VideoStream(source, media, is_webm=_WEBM in head)
 
 
 def _resolve(video: Any) -> tuple[str, str | bytes | BinaryIO]:

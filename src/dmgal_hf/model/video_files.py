@@ -21,6 +21,9 @@ _NETWORK = "http,https,httpproxy,tcp,tls,udp,rtp,srtp,rtsp,rtsps,rtmp,rtmps,rtmp
 _NAMED_BY_URL = {"rtsp": "rtsp", "rtsps": "rtsp", "rtp": "rtp"}  # what has a demuxer of its own
 # They open what they list: files, addresses, ports, scripts. So do devices and others that FFmpeg says need no file.
 _NAME_OTHERS = {"concat", "dash", "hls", "imf", "sdp", "vapoursynth", "vobsub", "webm_dash_manifest"}
+# Of what is in a WebM file FFmpeg tries these as it opens it. VP9 would decode the first key frame, which takes as long
+# as ten others, and tell nothing that reading needs. (H.264 tells how far it reorders frames.)
+_TRIED_IN_WEBM = "vp8,libvpx,libdav1d,av1,h264,hevc,opus,libopus,vorbis,libvorbis"
 _NO_CLIP = Disposition.attached_pic | Disposition.timed_thumbnails  # covers of songs, previews
 
 
@@ -33,7 +36,7 @@ def _formats() -> str:
 
 @contextmanager
 def open_video(
-    source: str, media: str | bytes | BinaryIO, format: str | None = None
+    source: str, media: str | bytes | BinaryIO, format: str | None = None, is_webm: bool = False
 ) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     """
     Opens a container, and takes the video track that a player would show. It is decoded on one thread.
@@ -51,6 +54,8 @@ def open_video(
     options = {"protocol_whitelist": protocols, "format_whitelist": ",".join([_formats(), *more]), **pixels}
     if format is None:
         options["pattern_type"] = "none"
+    if is_webm:
+        options["codec_whitelist"] = _TRIED_IN_WEBM
     try:
         file = io.BytesIO(media) if isinstance(media, bytes) else media
         container = av.open(file, format=format, options=options, metadata_errors="replace")

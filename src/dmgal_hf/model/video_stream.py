@@ -23,8 +23,8 @@ _SKIPS_EXACTLY = {"h264", "hevc", "mpeg4", "vp8"}  # decoders that leave out unr
 class VideoStream:
     """A clip in a container."""
 
-    def __init__(self, source: str, media: str | bytes | BinaryIO):
-        self.source, self.media = source, media
+    def __init__(self, source: str, media: str | bytes | BinaryIO, is_webm: bool = False):
+        self.source, self.media, self.is_webm = source, media, is_webm
 
     def read(self, choose: Callable[[int], list[int]]) -> torch.Tensor:
         with ffmpeg_errors() as self.errors:
@@ -138,7 +138,7 @@ class VideoStream:
         if not isinstance(self.media, str | bytes):
             self.media.seek(0)
         try:
-            with open_video(self.source, self.media) as (container, stream):
+            with open_video(self.source, self.media, is_webm=self.is_webm) as (container, stream):
                 packets = self._demux(container, stream)
                 yield stream, unpacked(stream, packets) if unpack else packets
         except av.FFmpegError as error:
