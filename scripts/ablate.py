@@ -1,9 +1,9 @@
 """Trains one variant after the other with the same seeds and budget, and prints their novel-class accuracy.
 
 python scripts/ablate.py --config scripts/configs/motion_shapes_ft.yaml --output_dir runs/ablation [--only NAME ...]
-    [--seeds 0 1 2] [--processes 2]
+    [--seeds 0 1 2] [--processes 2] [--shots 1 5]
 
-The markdown table is also written into output_dir/table.md.
+The markdown table, one for every number of shots, is also written into output_dir/table.md.
 
 Variants that are finished under output_dir are not trained again; one that was interrupted goes on.
 """
@@ -25,9 +25,15 @@ from transformers.hf_argparser import HfArg
 
 from dmgal_hf.model.configuration_mga import MgaConfig
 from dmgal_hf.training import train
-from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArguments, parse_arguments
+from dmgal_hf.training.arguments import (
+    DataArguments,
+    EvaluateArguments,
+    ModelArguments,
+    TrainArguments,
+    parse_arguments,
+)
 from dmgal_hf.training.checkpoints import FREE_FIELDS, differing_fields, list_checkpoints
-from dmgal_hf.training.evaluation import format_accuracy
+from dmgal_hf.training.evaluation import PROCESSOR_FIELDS, evaluate, format_accuracy
 from dmgal_hf.training.loading import load_videos
 from dmgal_hf.training.starting import settle_arguments
 from dmgal_hf.training.training import run_fields
@@ -85,6 +91,9 @@ class AblationArguments:
     processes: int = HfArg(
         default=1, help="Runs side by side, each on one CPU thread; what one prints goes into its output.txt."
     )
+    shots: list[int] | None = HfArg(
+        default=None, help="Supports a class of the test, each in a table of its own; by default as in training."
+    )
     backbones: list[str] = HfArg(
         default_factory=list,
         help="A variant more each: id or folder of a pretrained backbone, or the YAML of a random one.",
@@ -128,8 +137,10 @@ def change_model(model: ModelArguments, changes: dict[str, Any]) -> ModelArgumen
     return replace(model, **changes | ({"adapter_config": adapters} if "adapter_config" in changes else {}))
 
 
-def run_variant(data: DataArguments, model: ModelArguments, arguments: TrainArguments) -> dict[str, Any]:
-    """The metrics of a run, trained now or before."""
+def run_variant(
+    data: DataArguments, model: ModelArguments, arguments: TrainArguments, shots: list[int]
+) -> dict[int, dict[str, Any]]:
+    """The metrics of a run, trained now or before, by the number of shots of its test."""
     output_dir = Path(arguments.output_dir)
     metrics = output_dir / "metrics.json"
     if not metrics.exists() or "test" not in json.loads(metrics.read_text()):
@@ -139,19 +150,37 @@ def run_variant(data: DataArguments, model: ModelArguments, arguments: TrainArgu
     differing = differing_fields(before, now, FREE_FIELDS - {"test_episodes"})
     if differing:
         raise ValueError(f"{output_dir} holds another run: {'; '.join(differing)}. Give another output_dir.")
-    return json.loads(metrics.read_text())
+    found = json.loads(metrics.read_text())
+    test = found["test"]
+    tests = {shot: test if shot == test["shot"] else test_again(data, arguments, test, shot) for shot in shots}
+    return {shot: found | {"test": one} for shot, one in tests.items()}
 
 
-def run_alone(data: DataArguments, model: ModelArguments, arguments: TrainArguments) -> dict[str, Any]:
+def test_again(data: DataArguments, arguments: TrainArguments, test: dict[str, Any], shot: int) -> dict[str, Any]:
+    """The metrics of the test of a trained model with another number of shots, tested now or before."""
+    path = Path(arguments.output_dir, f"test_{shot}shot.json")
+    if not path.exists():
+        draw = EvaluateArguments(
+            model=arguments.output_dir, way=test["way"], shot=[shot], query=test["query"], seed=test["seed"],
+            num_episodes=test["num_episodes"], mixed_precision=arguments.mixed_precision, json=str(path),
+        )  # fmt: skip
+        as_trained = {one.name: one.default for one in fields(DataArguments) if one.name in PROCESSOR_FIELDS}
+        evaluate(replace(data, **as_trained), draw)
+    return json.loads(path.read_text())[0]
+
+
+def run_alone(
+    data: DataArguments, model: ModelArguments, arguments: TrainArguments, shots: list[int]
+) -> dict[int, dict[str, Any]]:
     """[`run_variant`] on one CPU thread in a process of its own."""
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with open(output_dir / "output.txt", "a") as file, redirect_stdout(file), redirect_stderr(file):
-        return run_variant(replace(data, num_workers=0), model, replace(arguments, cpu_threads=1))
+        return run_variant(replace(data, num_workers=0), model, replace(arguments, cpu_threads=1), shots)
 
 
-def run_side_by_side(jobs: list[tuple], processes: int) -> list[dict[str, Any]]:
-    """The metrics of jobs, in their order. Ctrl-C reaches the runs too: each saves its state and ends."""
+def run_side_by_side(jobs: list[tuple], processes: int) -> list[dict[int, dict[str, Any]]]:
+    """What jobs give, in their order. Ctrl-C reaches the runs too: each saves its state and ends."""
     if PartialState().num_processes > 1:
         raise ValueError(f"processes={processes}: start this script as one process to train runs side by side.")
     load_videos(jobs[0][0])  # made-up clips are made once, not by every run
@@ -207,22 +236,27 @@ def main(data: DataArguments, model: ModelArguments, arguments: TrainArguments, 
         raise ValueError(f"there is no variant {unknown[0]!r}; there are {', '.join(variants)}.")
     if not arguments.test_episodes:
         raise ValueError("test_episodes must be at least 1 to compare variants, got 0.")
-    seeds = ablation.seeds or [arguments.seed]
+    seeds, shots = ablation.seeds or [arguments.seed], ablation.shots or [arguments.shot]
     models = {name: change_model(model, variants[name]) for name in names}  # all of them, before hours of training
     jobs = []
     for seed in seeds:
         for name in names:
             folder = Path(arguments.output_dir, name.replace(" ", "_").replace("/", "_"), f"seed_{seed}")
-            jobs.append((data, models[name], replace(arguments, seed=seed, output_dir=str(folder))))
+            jobs.append((data, models[name], replace(arguments, seed=seed, output_dir=str(folder)), shots))
     if ablation.processes > 1:
         runs = run_side_by_side(jobs, ablation.processes)
     else:
         runs = [run_variant(*job) for job in jobs]
-    results = {name: runs[number :: len(names)] for number, name in enumerate(names)}
     if PartialState().is_main_process:
-        table = format_table(results, seeds)
-        Path(arguments.output_dir, "table.md").write_text(table + "\n")
-        print(table)
+        tables = []
+        for shot in shots:
+            with_shots = [run[shot] for run in runs]
+            results = {name: with_shots[number :: len(names)] for number, name in enumerate(names)}
+            heading = f"{with_shots[0]['test']['way']}-way {shot}-shot\n\n" if len(shots) > 1 else ""
+            tables.append(heading + format_table(results, seeds))
+        text = "\n\n".join(tables)
+        Path(arguments.output_dir, "table.md").write_text(text + "\n")
+        print(text)
     PartialState().destroy_process_group()
 
 

@@ -1,5 +1,6 @@
 """The ablation script: variants by seeds, each trained once, in a table with its intervals."""
 
+import json
 import shutil
 import sys
 
@@ -44,6 +45,11 @@ def test_ablation(config, cache_dir, tmp_path, capsys):
     shutil.rmtree(tmp_path / "ablation" / "both")
     assert run_ablation("--only", *names, "--seeds", "0", "1", "--processes", "2") == rows
     assert (tmp_path / "ablation" / "both" / "seed_1" / "model.safetensors").read_bytes() == with_one
+    metrics = json.loads((tmp_path / "ablation" / "both" / "seed_1" / "metrics.json").read_text())["test"]
+    by_shots = run_ablation("--only", *names, "--seeds", "0", "1", "--shots", "1", "2")
+    assert by_shots[:3] == rows and [row[0] for row in by_shots[4:]] == [row[0] for row in rows]
+    (again,) = json.loads((tmp_path / "ablation" / "both" / "seed_1" / "test_2shot.json").read_text())
+    assert again["shot"] == 2 and again["num_queries"] == metrics["num_queries"]
     assert "Training" in (tmp_path / "ablation" / "both" / "seed_1" / "output.txt").read_text()
     with pytest.raises(ValueError, match=r"no variant 'no mixer'; there are both, Smga alone"):
         run_ablation("--only", "no mixer")

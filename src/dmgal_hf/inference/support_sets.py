@@ -35,7 +35,11 @@ _ABOUT_FIELDS = {"labels": list, "unknown": (int, float, type(None)), "unknown_i
                  "temperature": (int, float), "text_weight": (int, float), "clip_digests": list,
                  "model": (str, type(None)), "model_fields": (dict, type(None)), "model_beside": bool,
                  "revision": (str, type(None)), "dtype": str, "fingerprint": str}  # fmt: skip
-_YOUNGER_FIELDS = {"text_weight": 0.0, "model_fields": None, "model_beside": False}  # than the format: what a file without them means
+_YOUNGER_FIELDS = {
+    "text_weight": 0.0,
+    "model_fields": None,
+    "model_beside": False,
+}  # than the format: what a file without them means
 
 TEXT_PROTOTYPES = "text.classes"  # among the tensors of a kept support set
 
@@ -244,8 +248,8 @@ def _damaged(path: Path, problem: object) -> ValueError:
 
 def support_card(repo_id: str, base_model: str | None, shots: Mapping[str, int], beside: bool = False) -> str:
     """
-    Model card of a pushed support set. `base_model`: the model's id on the Hub, if it has one; `shots`: example clips a
-    class; `beside`: whether the model is pushed with the set. Where it is in neither place, the call asks for it.
+    Model card of a pushed support set. `base_model`: the model's id on the Hub, if it has one; `shots`: example clips
+    a class; `beside`: whether the model is pushed with the set. Where it is in neither place, the call asks for it.
     """
     found = base_model or beside
     model = "" if found else ', model="FOLDER_OR_ID"'
@@ -263,9 +267,7 @@ def support_card(repo_id: str, base_model: str | None, shots: Mapping[str, int],
         "```",
         "",
     ]
-    lines += (
-        [] if found else ["The model is not on the Hub: give the folder or id of the one it was made with.", ""]
-    )
+    lines += [] if found else ["The model is not on the Hub: give the folder or id of the one it was made with.", ""]
     return "\n".join(lines)
 
 

@@ -21,8 +21,8 @@ _NETWORK = "http,https,httpproxy,tcp,tls,udp,rtp,srtp,rtsp,rtsps,rtmp,rtmps,rtmp
 _NAMED_BY_URL = {"rtsp": "rtsp", "rtsps": "rtsp", "rtp": "rtp"}  # what has a demuxer of its own
 # They open what they list: files, addresses, ports, scripts. So do devices and others that FFmpeg says need no file.
 _NAME_OTHERS = {"concat", "dash", "hls", "imf", "sdp", "vapoursynth", "vobsub", "webm_dash_manifest"}
-# Of what is in a WebM file FFmpeg tries these as it opens it. VP9 would decode the first key frame, which takes as long
-# as ten others, and tell nothing that reading needs. (H.264 tells how far it reorders frames.)
+# The decoders that FFmpeg tries as it opens a WebM file. VP9's would spend as long on the first key frame as on ten
+# other frames, and tell nothing that reading needs. (H.264's tells how far frames are reordered.)
 _TRIED_IN_WEBM = "vp8,libvpx,libdav1d,av1,h264,hevc,opus,libopus,vorbis,libvorbis"
 _NO_CLIP = Disposition.attached_pic | Disposition.timed_thumbnails  # covers of songs, previews
 

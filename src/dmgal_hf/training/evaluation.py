@@ -28,6 +28,8 @@ from .loading import load_videos
 # Of the clips of a forward pass over episodes; what a CPU has gathered is then still in its cache.
 BYTES_TOGETHER = {"cpu": 16 * 10**6, "gpu": 64 * 10**6}
 
+PROCESSOR_FIELDS = ("resize", "crop_size", "image_mean", "image_std")  # of DataArguments, for training alone
+
 
 def evaluate_episodes(
     model: DmgalModel,
@@ -193,7 +195,7 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
     Raises:
         ValueError: the split does not exist, or the episodes do not fit the data.
     """
-    for name in ("resize", "crop_size", "image_mean", "image_std"):
+    for name in PROCESSOR_FIELDS:
         if getattr(data, name) != getattr(DataArguments, name):
             raise ValueError(f"{name}: frames are read as the processor of the model says, leave the option out.")
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
