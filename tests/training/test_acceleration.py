@@ -2,6 +2,9 @@
 
 import functools
 import logging
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -77,6 +80,26 @@ def test_adapters_learn_on_a_backbone_held_in_bfloat16():
         optimizer.step()
         losses.append(float(loss))
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of glibc")
+def test_freed_memory_is_kept():
+    script = (
+        "import resource, torch\n"
+        "from dmgal_hf.training.acceleration import keep_freed_memory\n"
+        "def new_pages():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(40):\n"
+        "        tensors = [torch.zeros(2**21 * number) for number in (1, 3, 2)]\n"
+        "        del tensors\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "left_alone = new_pages()\n"
+        "keep_freed_memory()\n"
+        "print(left_alone, new_pages())\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    left_alone, kept = map(int, found.stdout.split())
+    assert kept < left_alone / 4
 
 
 def count_graphs(monkeypatch, layers):

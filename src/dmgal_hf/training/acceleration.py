@@ -1,5 +1,10 @@
-"""What makes a run fast on its device: the precision that weights are held in, and blocks compiled by kind."""
+"""
+What makes a run fast on its device: the precision that weights are held in, blocks compiled by kind, and memory that
+is kept.
+"""
 
+import ctypes
+import platform
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +23,22 @@ REGIONS = {
     TemporalChannelMixer: ("forward", "mix"),
     CrossMotionAttention: ("encode_support", "describe"),
 }
+
+# glibc's numbers of what `mallopt` sets, and bytes: those that the heap may keep unused, those that it grows by, and
+# those from which on a piece is a mapping of its own (32 MiB at most).
+KEPT_BY_GLIBC = {-1: 2**31 - 1, -2: 2**26, -3: 2**25}
+
+
+def keep_freed_memory() -> None:
+    """
+    Has the C library keep the memory that tensors leave, for those that follow. Left to itself, glibc gives it back
+    after every step, and the system zeroes each page anew: about a sixth of the time of a small model's steps on a
+    CPU. Of the whole process; without glibc (macOS, Windows) nothing changes.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, size in KEPT_BY_GLIBC.items():
+            mallopt(option, size)
 
 
 def hold_frozen_backbone(network: DmgalModel, mixed_precision: str) -> None:

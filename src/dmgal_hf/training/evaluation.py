@@ -21,7 +21,7 @@ from ..data.kept_clips import fingerprint_of_clips
 from ..model.configuration_dmgal import DmgalConfig
 from ..model.modeling_dmgal import DmgalModel
 from ..model.video_processing_dmgal import DmgalVideoProcessor
-from .acceleration import hold_frozen_backbone
+from .acceleration import hold_frozen_backbone, keep_freed_memory
 from .arguments import DataArguments, EvaluateArguments
 from .loading import load_videos
 
@@ -199,6 +199,8 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
         if getattr(data, name) != getattr(DataArguments, name):
             raise ValueError(f"{name}: frames are read as the processor of the model says, leave the option out.")
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     processor = DmgalVideoProcessor.from_pretrained(arguments.model)
     if arguments.json is not None:
         Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)

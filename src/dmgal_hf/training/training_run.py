@@ -40,7 +40,7 @@ from ..data.frame_memory import FrameMemory, keep_frames
 from ..data.written_aside import replace_file
 from ..hub import render_model_card
 from ..model.modeling_dmgal import DmgalModel
-from .acceleration import compile_regions, hold_frozen_backbone
+from .acceleration import compile_regions, hold_frozen_backbone, keep_freed_memory
 from .arguments import DataArguments, ModelArguments, TrainArguments
 from .batch_statistics import BatchStatistics
 from .checkpoints import Progress, StopSignal, load_checkpoint, save_checkpoint, write_aside
@@ -83,6 +83,8 @@ def build_accelerator(arguments: TrainArguments) -> Accelerator:
         # Batch statistics are averaged once a step instead, see BatchStatistics.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type == DistributedType.MULTI_CPU:
         raise ValueError("accelerate shards models with FSDP on GPUs alone: start CPU processes without --use_fsdp.")
     if accelerator.distributed_type == DistributedType.FSDP:
