@@ -177,13 +177,14 @@ def test_fields_of_the_model_are_kept_with_the_supports(tmp_path, clip, classes,
 
 @pytest.mark.slow
 def test_a_model_of_no_checkpoint_is_kept_beside_its_support_set(tmp_path, clip, classes, videos, hub):
-    """One with a head of random weights, one with text, and one that is made in memory: on disk and over the Hub."""
+    """One with a head of random weights and text, and one with random adapters: on disk and over the Hub."""
     processor = DmgalVideoProcessor.from_pretrained(clip, num_frames=4)
-    head = DmgalModel.from_backbone(clip, paradigm="ft", num_frames=4, text_guidance=True)
-    nameless = DmgalModel(head.config)
-    for name, model in {"head": head, "nameless": nameless}.items():
-        classifier = pipeline(TASK, model=model, image_processor=processor, device="cpu")
-        classifier.fit(classes, text_weight=1.0 if name == "head" else 0.0)
+    models = {
+        "head": DmgalModel.from_backbone(clip, paradigm="ft", num_frames=4, text_guidance=True),
+        "adapters": DmgalModel.from_backbone(clip, paradigm="adapter", num_frames=4, adapter_config={"reduction": 2}),
+    }
+    for name, model in models.items():
+        classifier = pipeline(TASK, model=model, image_processor=processor, device="cpu").fit(classes)
         classifier.save(tmp_path / name)
         again = FewShotVideoClassificationPipeline.from_pretrained(tmp_path / name, device="cpu")
         assert by_label(again(videos[7])) == pytest.approx(by_label(classifier(videos[7])), abs=1e-5)

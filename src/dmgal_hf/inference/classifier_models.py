@@ -17,7 +17,7 @@ from ..model.video_processing_dmgal import DmgalVideoProcessor
 
 TASK = "few-shot-video-classification"
 UNNAMED_MODEL = "a model that was never saved or got adapters afterwards"
-MODEL_FOLDER = "support_model"  # beside a support set: its model, where no checkpoint gives it again
+MODEL_FOLDER = "support_model"  # beside a support set, see `goes_beside`
 
 
 def classifier_model(
@@ -72,14 +72,18 @@ def find_processor(model: PreTrainedModel, given: Any) -> DmgalVideoProcessor:
 
 def kept_model_id(model: PreTrainedModel) -> str | None:
     """[`model_id`] if that checkpoint alone gives the model, None if it never was one or got adapters afterwards."""
-    built_here = _is_of_backbone(model) and (model.config.paradigm != "adapter" or has_adapters(model.backbone))
-    name = None if _has_later_adapters(model) or built_here else model_id(model)
-    return None if name and os.path.basename(name) == MODEL_FOLDER else name
+    return None if _has_later_adapters(model) or goes_beside(model) else model_id(model)
 
 
 def goes_beside(model: PreTrainedModel) -> bool:
-    """Whether a support set keeps the model: no checkpoint gives it again, and it can be saved whole."""
-    return kept_model_id(model) is None and not _has_later_adapters(model)
+    """
+    Whether a support set keeps the model itself: from_backbone() gave it random weights, which no checkpoint has, or
+    it comes from such a set.
+    """
+    if _has_later_adapters(model):
+        return False
+    built_here = _is_of_backbone(model) and (model.config.paradigm != "adapter" or has_adapters(model.backbone))
+    return built_here or os.path.basename(model_id(model) or "") == MODEL_FOLDER
 
 
 def _has_later_adapters(model: PreTrainedModel) -> bool:

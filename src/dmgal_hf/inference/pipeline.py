@@ -396,8 +396,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
     def save(self, folder: str | os.PathLike):
         """
         Writes the support set: `support.safetensors` and `support.json` with the labels, the threshold, the
-        temperature, and id, revision and fingerprint of the model. The clips themselves are not in it. A model that
-        no checkpoint gives again, as one with a head of random weights, goes into `support_model` beside them.
+        temperature, and id, revision and fingerprint of the model. The clips themselves are not in it. A model to
+        which [`DmgalModel.from_backbone`] gave random weights goes into `support_model` beside them.
         """
         write_support(folder, self._current, self.model, self.image_processor, self.temperature, self.text_weight)
 

@@ -53,7 +53,7 @@ def write_support(
     text_weight: float,
 ):
     """
-    Both files of a kept support set, and the model where no checkpoint gives it again. They replace those of before
+    Both files of a kept support set, and the model itself if it [`goes_beside`] them. They replace those of before
     once they are whole. The second file names the first by its hash, so they cannot be mixed up.
     """
     # Brings `datasets` along, which takes longer to import than all else.
