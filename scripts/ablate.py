@@ -159,14 +159,14 @@ def run_variant(
 def test_again(data: DataArguments, arguments: TrainArguments, test: dict[str, Any], shot: int) -> dict[str, Any]:
     """The metrics of the test of a trained model with another number of shots, tested now or before."""
     path = Path(arguments.output_dir, f"test_{shot}shot.json")
-    if not path.exists():
-        draw = EvaluateArguments(
-            model=arguments.output_dir, way=test["way"], shot=[shot], query=test["query"], seed=test["seed"],
-            num_episodes=test["num_episodes"], mixed_precision=arguments.mixed_precision, json=str(path),
-        )  # fmt: skip
-        as_trained = {one.name: one.default for one in fields(DataArguments) if one.name in PROCESSOR_FIELDS}
-        evaluate(replace(data, **as_trained), draw)
-    return json.loads(path.read_text())[0]
+    if path.exists():
+        return json.loads(path.read_text())[0]
+    draw = EvaluateArguments(
+        model=arguments.output_dir, way=test["way"], shot=[shot], query=test["query"], seed=test["seed"],
+        num_episodes=test["num_episodes"], mixed_precision=arguments.mixed_precision, json=str(path),
+    )  # fmt: skip
+    as_trained = {one.name: one.default for one in fields(DataArguments) if one.name in PROCESSOR_FIELDS}
+    return evaluate(replace(data, **as_trained), draw)[0]
 
 
 def run_alone(

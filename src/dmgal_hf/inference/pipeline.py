@@ -18,13 +18,7 @@ from ..model.class_texts import class_texts
 from ..model.configuration_dmgal import check_text_weight
 from ..model.kept_supports import DmgalSupport
 from ..model.video_processing_dmgal import DmgalVideoProcessor, _list_videos, undecoded_column
-from .classifier_models import (
-    TASK,
-    classifier_model,
-    find_processor,
-    goes_beside,
-    kept_model_id,
-)
+from .classifier_models import TASK, classifier_model, find_processor, goes_beside, kept_model_id
 from .example_clips import clip_digests, read_classes
 from .fitted_support import (
     FittedSupport,

@@ -35,11 +35,8 @@ _ABOUT_FIELDS = {"labels": list, "unknown": (int, float, type(None)), "unknown_i
                  "temperature": (int, float), "text_weight": (int, float), "clip_digests": list,
                  "model": (str, type(None)), "model_fields": (dict, type(None)), "model_beside": bool,
                  "revision": (str, type(None)), "dtype": str, "fingerprint": str}  # fmt: skip
-_YOUNGER_FIELDS = {
-    "text_weight": 0.0,
-    "model_fields": None,
-    "model_beside": False,
-}  # than the format: what a file without them means
+# Younger than the format: what a file without them means.
+_YOUNGER_FIELDS = {"text_weight": 0.0, "model_fields": None, "model_beside": False}
 
 TEXT_PROTOTYPES = "text.classes"  # among the tensors of a kept support set
 
