@@ -18,6 +18,7 @@ from ..data import KeptClips, check_episodes, encode_clips, episodes_id, load_ep
 from ..data.episodes import EPISODE_FEATURES, rows_of, sizes_of
 from ..data.frame_memory import FrameMemory
 from ..data.kept_clips import fingerprint_of_clips
+from ..data.written_aside import replace_file
 from ..model.configuration_dmgal import DmgalConfig
 from ..model.modeling_dmgal import DmgalModel
 from ..model.video_processing_dmgal import DmgalVideoProcessor
@@ -242,7 +243,7 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> list[dict[str
             f"over {metrics['num_episodes']} episodes of {arguments.split} ({metrics['episodes_id']})"
         )
     if arguments.json is not None and accelerator.is_main_process:
-        Path(arguments.json).write_text(to_json(results))
+        replace_file(Path(arguments.json), to_json(results))
     return results
 
 
