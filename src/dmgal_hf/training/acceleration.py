@@ -32,8 +32,8 @@ KEPT_BY_GLIBC = {-1: 2**31 - 1, -2: 2**26, -3: 2**25}
 def keep_freed_memory() -> None:
     """
     Has the C library keep the memory that tensors leave, for those that follow. Left to itself, glibc gives it back
-    after every step, and the system zeroes each page anew: about a sixth of the time of a small model's steps on a
-    CPU. Of the whole process; without glibc (macOS, Windows) nothing changes.
+    after every step, and the system zeroes each page anew, which small models feel on a CPU. Of the whole process;
+    without glibc (macOS, Windows) nothing changes.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
