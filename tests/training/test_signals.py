@@ -110,7 +110,7 @@ def test_to_one_of_two_processes_between_states(config, tmp_path):
 def test_ctrl_c_while_validating_ends_at_once(config, tmp_path):
     """The state was saved before."""
     out = tmp_path / "run"
-    path = config(**LONG | {"validate_every": 2}, validation_episodes=6000, num_workers=1)
+    path = config(**LONG | {"validate_every": 2}, validation_episodes=30_000, num_workers=1)
     with started([sys.executable, str(SCRIPTS / "train.py"), "--config", str(path)], tmp_path) as process:
         wait_for("checkpoints/episode-*", out, process)
         family = family_of(process)
