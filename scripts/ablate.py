@@ -102,6 +102,8 @@ class AblationArguments:
     def __post_init__(self):
         if self.processes < 1:
             raise ValueError(f"processes must be at least 1, got {self.processes}.")
+        if min(self.shots or [1]) < 1:
+            raise ValueError(f"shots must be at least 1 each, got {self.shots}.")
 
 
 def list_variants(model: ModelArguments, backbones: list[str]) -> dict[str, dict[str, Any]]:

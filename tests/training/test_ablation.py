@@ -62,6 +62,8 @@ def test_the_interval_over_seeds_is_that_of_students_t():
     assert ablate.interval_over_seeds([80.0] * 20) == 0
     with pytest.raises(ValueError, match="processes must be at least 1, got 0"):
         ablate.AblationArguments(processes=0)
+    with pytest.raises(ValueError, match=r"shots must be at least 1 each, got \[1, 0\]"):
+        ablate.AblationArguments(shots=[1, 0])
 
 
 def test_rows_of_an_ablation_without_a_spread_and_without_an_interval():
