@@ -1,13 +1,16 @@
 """What keeps a GPU busy, as far as a CPU can tell: no host reads, whole graphs, one pass, half precision."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CLIPVisionConfig, DINOv3ViTConfig, ResNetConfig, ViTConfig
+from transformers import CLIPVisionConfig, DINOv3ViTConfig, ResNetConfig, ViTConfig, pipeline
 
 from dmgal_hf import DmgalConfig, DmgalModel, DmgalVideoProcessor
+from dmgal_hf.inference.query_scores import QueryScores, score_queries
 from dmgal_hf.model.motion_attention import CrossMotionAttention, SelfMotionAttention
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -233,3 +236,64 @@ def test_windows_of_a_stream_are_scored_without_reading_a_value(nowhere, fields)
     support = model.encode_support(EPISODES["support_pixel_values"][:1], EPISODES["support_labels"][:1]).to(nowhere)
     maps = model.to(nowhere).encode_frames(torch.zeros(10, 3, 32, 32, device=nowhere))
     assert model.score_windows(maps, torch.tensor([0, 2, 6]), support).shape == (3, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device to replay queries on")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_queries_replayed_on_a_gpu_are_scored_as_plain_ones(kind, dtype):
+    model, scores = make_model(kind).to("cuda", dtype), QueryScores()
+    queries = torch.randn(3, 3, 4, 3, 32, 32, generator=torch.Generator().manual_seed(2)).to("cuda", dtype)
+    with torch.no_grad():
+        for seed in range(2):  # other supports, and then other weights
+            videos = torch.randn(1, 3, 4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+            support = model.encode_support(videos.to("cuda", dtype), torch.tensor([[0, 1, 1]], device="cuda"), way=2)
+            for change in (0.0, 0.02):
+                for parameter in model.parameters():
+                    parameter += change
+                for several in queries:
+                    for number in (3, 1):
+                        inputs = (model, support, None, several[:number])
+                        torch.testing.assert_close(scores(*inputs), score_queries(*inputs), atol=2e-3, rtol=2e-3)
+            assert len(scores.replayed.graphs) == 2 and not scores.replayed.failed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device to replay queries on")
+def test_replayed_queries_of_several_threads_and_of_a_model_that_moved():
+    """Threads share one memory; a model that comes back from the CPU lies elsewhere."""
+    model, scores = make_model("clip").cuda(), QueryScores()
+    videos = torch.randn(6, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        support = model.encode_support(videos[None, :2], torch.tensor([[0, 1]], device="cuda"), way=2)
+
+    @torch.no_grad()
+    def score(number):
+        return scores(model, support, None, videos[number : number + 1]).cpu()
+
+    with torch.no_grad():
+        expected = [score_queries(model, support, None, videos[n : n + 1]).cpu() for n in range(2, 6)] * 10
+    with ThreadPoolExecutor(4) as threads:
+        torch.testing.assert_close(list(threads.map(score, [2, 3, 4, 5] * 10)), expected, atol=1e-4, rtol=1e-4)
+    model.cpu()
+    kept = torch.empty(1 << 22, device="cuda").fill_(torch.nan)  # where the weights may have been
+    model.cuda()
+    for number in (2, 3, 4):
+        torch.testing.assert_close(score(number), expected[number - 2], atol=1e-4, rtol=1e-4)
+    assert len(kept) and not scores.replayed.failed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device to replay queries on")
+@pytest.mark.parametrize("kind", ["ft", "clip"])
+def test_the_pipeline_on_a_gpu_replays_and_answers_as_ever(kind):
+    clips = list(np.random.default_rng(0).integers(0, 256, (9, 6, 32, 32, 3), dtype=np.uint8))
+    processor, found = DmgalVideoProcessor(num_frames=4, size=32, crop_size=32), []
+    for switch in (True, False):
+        classifier = pipeline(
+            "few-shot-video-classification", model=make_model(kind), image_processor=processor, device="cuda",
+            cuda_graphs=switch,
+        )  # fmt: skip
+        classifier.fit({"a": clips[:2], "b": clips[2:3]})
+        answers = [*classifier(clips[4:], batch_size=2), *classifier(clips[4:])]
+        found.append([{one["label"]: one["score"] for one in answer} for answer in answers])
+        assert isinstance(classifier._score, QueryScores) == switch
+    assert all(one == pytest.approx(other, abs=1e-4) for one, other in zip(*found, strict=True))

@@ -11,8 +11,8 @@ import torch
 from transformers import CLIPVisionConfig, ResNetConfig
 
 from dmgal_hf import DmgalConfig, DmgalModel
+from dmgal_hf.data.cuda_graphs import ReplayedCall
 from dmgal_hf.training.acceleration import compile_regions, hold_frozen_backbone
-from dmgal_hf.training.cuda_graphs import ReplayedCall
 
 CLIP = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
 RESNET = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
@@ -169,6 +169,31 @@ def test_a_call_that_cannot_be_captured_runs_plainly_and_says_so_once(monkeypatc
         results = [call({"x": torch.ones(1) * number})[0].item() for number in range(4)]
     assert results == [0, 2, 4, 6]
     assert [record.message.count("not permitted when stream is capturing") for record in caplog.records] == [1]
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_trying_a_capture_out_leaves_no_trace_and_finds_what_a_replay_leaves_out(caplog, fault):
+    def add(total, inputs):
+        total.add_(inputs["x"] + torch.rand(2))
+        return (inputs["x"] * 2,)
+
+    class Replayed(ReplayedOnTheCpu):
+        def _capture(self, inputs):
+            replay, held, outputs = super()._capture(inputs)
+            return (lambda: None) if fault else replay, held, outputs
+
+    totals = torch.zeros(2), torch.zeros(2)
+    calls = (
+        functools.partial(add, totals[0]),
+        Replayed(functools.partial(add, totals[1]), lambda: [totals[1]]),
+    )
+    for number in range(5):
+        for call in calls:
+            torch.manual_seed(number)
+            assert call({"x": torch.full((2,), 3.0)})[0].tolist() == [6, 6]
+        assert torch.equal(*totals)
+    assert calls[1].failed == fault
+    assert ["differs from the plain call" in record.message for record in caplog.records] == [True] * fault
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device to capture a graph on")

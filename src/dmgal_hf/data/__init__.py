@@ -1,6 +1,6 @@
 """
 Videos, splits, episodes: everything is a `datasets.Dataset`. Also transforms, preparation, kept clips and made-up
-videos.
+videos, and the calls of training and inference that a GPU replays.
 Imports `model` alone.
 """
 

@@ -37,7 +37,17 @@ from .fitted_support import (
     of_classes,
 )
 from .query_model import DmgalQueryModel
-from .streaming import Picture, StreamedLabel, Window, check_seconds, is_live, window_batches, window_scores
+from .query_scores import QueryScores, score_queries, text_log_probs
+from .streaming import (
+    Picture,
+    StreamedLabel,
+    Window,
+    check_seconds,
+    is_live,
+    window_batches,
+    window_clips,
+    window_scores,
+)
 from .support_sets import (
     check_kept_support,
     check_made_with,
@@ -71,6 +81,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
             How videos are read; by default that of the checkpoint the model comes from. `processor` and
             `video_processor` are other names for it.
         model_fields (`dict`, *optional*): fields of [`DmgalConfig`] for a bare backbone.
+        cuda_graphs (`bool`, *optional*, defaults to `True`):
+            On one GPU, replay what queries run as a CUDA graph, one for each number of videos that comes again.
         kwargs: those of [`~transformers.Pipeline`] (`device`, `batch_size`, `num_workers`), and `top_k` for all calls.
 
     Attributes:
@@ -109,6 +121,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         model: PreTrainedModel,
         image_processor: DmgalVideoProcessor | None = None,
         model_fields: Mapping[str, Any] | None = None,
+        cuda_graphs: bool = True,
         **kwargs,
     ):
         model, image_processor = classifier_model(model, image_processor, model_fields or {})
@@ -119,6 +132,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         self.model.eval()
         self.temperature = self.model.config.score_temperature
         self._fitted: FittedSupport | None = None
+        self._score = QueryScores() if cuda_graphs and self.device.type == "cuda" else score_queries
         self.text_weight = self.model.config.text_weight if self.model.text_head is not None else 0.0
 
     # The support set
@@ -341,7 +355,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
         fitted = self._current
         logits, by_text = self._leave_one_out(fitted, "calibrate()"), None
         if fitted.text_embeds is not None:
-            by_text = self._text_log_probs(fitted.support.states["text.videos"][0], fitted)
+            by_text = text_log_probs(self.model, fitted.support.states["text.videos"][0], fitted.text_embeds)
         self.temperature, weight = best_scale(logits, fitted.support.labels[0].cpu(), by_text)
         if fitted.text_embeds is not None:
             self.text_weight = weight
@@ -356,10 +370,6 @@ class FewShotVideoClassificationPipeline(Pipeline):
         if descriptions:
             raise ValueError(f"descriptions of {list(descriptions)} are given, and text is left out: text_weight is 0")
         return None
-
-    def _text_log_probs(self, video_embeds: torch.Tensor, fitted: FittedSupport) -> torch.Tensor:
-        """Embedded videos (V, E) -> log-probabilities of the classes by text, (V, N) float32."""
-        return self.model.text_logits(video_embeds, fitted.text_embeds).log_softmax(-1)
 
     def _with_threshold(self, fitted: FittedSupport) -> FittedSupport:
         if not fitted.auto:
@@ -541,11 +551,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
         kinds = 1 if fitted.text_embeds is None else 2  # logits by clips, and log-probabilities by text
         logits = torch.full((len(errors), kinds, len(fitted.labels)), torch.nan, device=self.device)
         if read:
-            pixel_values = model_inputs["pixel_values"].to(self.device, self.model.dtype)[None]  # (1, Q, T, 3, H, W)
-            found = self.model(query_pixel_values=pixel_values, support=fitted.support)
-            logits[read, 0] = found.logits[0].float()
-            if fitted.text_embeds is not None:
-                logits[read, 1] = self._text_log_probs(found.query_embeds[0], fitted)
+            pixel_values = model_inputs["pixel_values"].to(self.device, self.model.dtype)  # (Q, T, 3, H, W)
+            logits[read] = self._score(self.model, fitted.support, fitted.text_embeds, pixel_values)
         # Answers may be asked for after the classes have changed. In an array, which is split by video as the logits.
         return {"logits": logits, "fitted": np.full((len(logits), 1), fitted, dtype=object), "error": errors}
 
@@ -620,11 +627,12 @@ class FewShotVideoClassificationPipeline(Pipeline):
     def _label_windows(self, windows: list[Window]) -> Iterator[StreamedLabel]:
         fitted = self._current
         with torch.no_grad(), self.device_placement():
-            by_clips, embeds = window_scores(self.model, windows, fitted.support)
-            logits = [by_clips.float()]
-            if fitted.text_embeds is not None:
-                logits.append(self._text_log_probs(embeds, fitted))
-            logits = torch.stack(logits, 1).cpu()
+            if self.model.frames_are_independent:
+                logits = window_scores(self.model, windows, fitted.support, fitted.text_embeds)
+            else:
+                pixel_values = window_clips(windows).to(self.device, self.model.dtype)
+                logits = self._score(self.model, fitted.support, fitted.text_embeds, pixel_values)
+            logits = logits.cpu()
         for window, of_window in zip(windows, logits):
             best = self._answer(of_window, fitted, top_k=1)[0]
             yield StreamedLabel(float(window.start), float(window.end), best["label"], best["score"])

@@ -25,6 +25,7 @@ from ..model.video_files import URL, ffmpeg_errors, open_video
 from ..model.video_pixels import upright_rgb
 from ..model.video_stream import decode_packet
 from ..model.whole_files import check_whole
+from .query_scores import text_log_probs
 
 FRAMES_TOGETHER = 16  # in one pass through the backbone: more cost memory and are not faster
 
@@ -185,21 +186,21 @@ def in_one_row(windows: list[Window]) -> tuple[list[Frame], list[int]]:
     return frames, starts
 
 
+def window_clips(windows: list[Window]) -> torch.Tensor:
+    """Pixel values (W, T, 3, H, W) of W windows. Raises `ValueError` for frames of different sizes."""
+    return _stack([frame for window in windows for frame in window.frames]).unflatten(0, (len(windows), -1))
+
+
 def window_scores(
-    model: DmgalModel, windows: list[Window], support: DmgalSupport
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    model: DmgalModel, windows: list[Window], support: DmgalSupport, text_embeds: torch.Tensor | None
+) -> torch.Tensor:
     """
-    The logits (W, N) of W windows, and their embeddings (W, E) to be compared with texts, `None` for a model without.
-    Where the backbone sees one frame at a time, only frames that no window had before go through it; they keep their
-    maps in place of their pixels.
+    What [`score_queries`] makes of W windows, where the backbone sees one frame at a time: only frames that no window
+    had before go through it; they keep their maps in place of their pixels.
 
     Raises `ValueError` for frames of different sizes.
     """
     device = support.features.device
-    if not model.frames_are_independent:
-        frames = _stack([frame for window in windows for frame in window.frames]).to(device, model.dtype)
-        output = model(query_pixel_values=frames.unflatten(0, (len(windows), -1))[None], support=support)
-        return output.logits[0], None if output.query_embeds is None else output.query_embeds[0]
     frames, starts = in_one_row(windows)
     new = list({id(frame): frame for frame in frames if not frame.encoded}.values())
     for start in range(0, len(new), FRAMES_TOGETHER):
@@ -209,12 +210,11 @@ def window_scores(
             # As they lie in memory. Not a view: it would keep the others.
             frame.tensor, frame.encoded = maps[number].movedim(0, -1).clone(), True
             frame.pooled = None if pooled is None else pooled[number].clone()
-    logits = model.score_windows(_stack(frames).movedim(-1, 1), torch.tensor(starts), support)
-    if frames[0].pooled is None:
-        return logits, None
-    return logits, model.embed_videos(
-        torch.stack([torch.stack([frame.pooled for frame in window.frames]) for window in windows])
-    )
+    scores = [model.score_windows(_stack(frames).movedim(-1, 1), torch.tensor(starts), support).float()]
+    if text_embeds is not None:
+        pooled = torch.stack([torch.stack([frame.pooled for frame in window.frames]) for window in windows])
+        scores.append(text_log_probs(model, model.embed_videos(pooled), text_embeds))
+    return torch.stack(scores, 1)
 
 
 def _stack(frames: list[Frame]) -> torch.Tensor:

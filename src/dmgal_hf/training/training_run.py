@@ -36,6 +36,7 @@ from ..data import (
     sample_episodes,
     seed_from,
 )
+from ..data.cuda_graphs import ReplayedCall
 from ..data.frame_memory import FrameMemory, keep_frames
 from ..data.written_aside import replace_file
 from ..hub import render_model_card
@@ -44,7 +45,6 @@ from .acceleration import compile_regions, hold_frozen_backbone, keep_freed_memo
 from .arguments import DataArguments, ModelArguments, TrainArguments
 from .batch_statistics import BatchStatistics
 from .checkpoints import Progress, StopSignal, load_checkpoint, save_checkpoint, write_aside
-from .cuda_graphs import ReplayedCall
 from .episode_learner import EpisodeLearner
 from .evaluation import evaluate_episodes, format_accuracy, to_json
 from .loading import num_classes
