@@ -174,12 +174,13 @@ def gpu_groups(arguments: BenchmarkArguments) -> list[Group]:
     steps = 1 if arguments.small else 10
     prepare = functools.partial
 
-    def ours(name: str, paradigm: str, **changes: Any) -> Contender:
+    def ours(paradigm: str, *switches: str, **changes: Any) -> Contender:
         fields = {"paradigm": paradigm, "num_frames": NUM_FRAMES, "query": 4, "crop_size": 224, **FULL[paradigm]}
         if arguments.small:
             fields |= {**TINY[paradigm], "query": 1, "crop_size": 32}
         fields |= {"episodes_per_step": 1, "num_episodes": 1, "mixed_precision": "bf16", **changes}
-        return Contender(name, prepare(prepare_training, arguments, fields, steps, 1))
+        fields |= dict.fromkeys(switches, True)
+        return Contender(", ".join([OURS, *switches]), prepare(prepare_training, arguments, fields, steps, 1))
 
     groups = [
         Group("CLIP ViT-B/16 alone: forward pass over 200 frames", [
@@ -191,12 +192,13 @@ def gpu_groups(arguments: BenchmarkArguments) -> list[Group]:
     for shot in (1, 5):
         contenders = [
             Contender("LoRA of rank 8 (peft), bf16 autocast", prepare(prepare_lora, arguments, shot)),
-            ours(OURS, "adapter", shot=shot),
+            ours("adapter", shot=shot),
         ]
         if shot == 1:
-            contenders.append(ours(f"{OURS}, torch_compile", "adapter", torch_compile=True))
+            contenders += [ours("adapter", "torch_compile"), ours("adapter", "torch_compile", "cuda_graphs")]
         groups.append(Group(f"DMGAL-Adapter, CLIP ViT-B/16, 5-way {shot}-shot: training step, bf16", contenders))
-    contenders = [ours(OURS, "ft"), ours(f"{OURS}, torch_compile", "ft", torch_compile=True)]
+    switches = ([], ["cuda_graphs"], ["torch_compile"], ["torch_compile", "cuda_graphs"])
+    contenders = [ours("ft", *some) for some in switches]
     if arguments.reference and not arguments.small:  # their C-MGA takes maps of 7 x 7 alone
         for name, bfloat16 in (("bf16 autocast", True), ("float32", False)):
             contenders.append(Contender(f"the authors' model, {name}", prepare(prepare_official, arguments, bfloat16)))

@@ -37,17 +37,8 @@ from .fitted_support import (
     of_classes,
 )
 from .query_model import DmgalQueryModel
-from .query_scores import QueryScores, score_queries, text_log_probs
-from .streaming import (
-    Picture,
-    StreamedLabel,
-    Window,
-    check_seconds,
-    is_live,
-    window_batches,
-    window_clips,
-    window_scores,
-)
+from .query_scores import QueryScores, score_queries
+from .streaming import Picture, StreamedLabel, Window, check_seconds, is_live, window_batches, window_scores
 from .support_sets import (
     check_kept_support,
     check_made_with,
@@ -355,7 +346,8 @@ class FewShotVideoClassificationPipeline(Pipeline):
         fitted = self._current
         logits, by_text = self._leave_one_out(fitted, "calibrate()"), None
         if fitted.text_embeds is not None:
-            by_text = text_log_probs(self.model, fitted.support.states["text.videos"][0], fitted.text_embeds)
+            embeds = fitted.support.states["text.videos"][0]
+            by_text = self.model.text_logits(embeds, fitted.text_embeds).log_softmax(-1)
         self.temperature, weight = best_scale(logits, fitted.support.labels[0].cpu(), by_text)
         if fitted.text_embeds is not None:
             self.text_weight = weight
@@ -627,12 +619,7 @@ class FewShotVideoClassificationPipeline(Pipeline):
     def _label_windows(self, windows: list[Window]) -> Iterator[StreamedLabel]:
         fitted = self._current
         with torch.no_grad(), self.device_placement():
-            if self.model.frames_are_independent:
-                logits = window_scores(self.model, windows, fitted.support, fitted.text_embeds)
-            else:
-                pixel_values = window_clips(windows).to(self.device, self.model.dtype)
-                logits = self._score(self.model, fitted.support, fitted.text_embeds, pixel_values)
-            logits = logits.cpu()
+            logits = window_scores(self._score, self.model, windows, fitted.support, fitted.text_embeds).cpu()
         for window, of_window in zip(windows, logits):
             best = self._answer(of_window, fitted, top_k=1)[0]
             yield StreamedLabel(float(window.start), float(window.end), best["label"], best["score"])

@@ -10,13 +10,9 @@ from ..model.kept_supports import DmgalSupport
 from ..model.modeling_dmgal import DmgalModel
 from ..model.modeling_mga import EpisodeFactsCarrier
 
+PLAIN = (torch.Tensor, nn.Parameter)  # not quantised, not sharded
 # What nn.Module itself has of lists, without those that a forward pass reads; weights are looked at one by one.
 UNREAD = vars(nn.Module()).keys() - {"_modules", "_forward_hooks", "_forward_pre_hooks"}
-
-
-def text_log_probs(model: DmgalModel, video_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """Embedded videos (V, E) -> log-probabilities of the classes by text, (V, N) float32."""
-    return model.text_logits(video_embeds, text_embeds).log_softmax(-1)
 
 
 def score_queries(
@@ -29,7 +25,7 @@ def score_queries(
     output = model(query_pixel_values=pixel_values[None], support=support)
     scores = [output.logits[0].float()]
     if text_embeds is not None:
-        scores.append(text_log_probs(model, output.query_embeds[0], text_embeds))
+        scores.append(model.text_logits(output.query_embeds[0], text_embeds).log_softmax(-1))
     return torch.stack(scores, 1)
 
 
@@ -94,10 +90,10 @@ class _Scored:
         state += [value for _, value in attributes if isinstance(value, (dict, list, set))]
         self.state = list({id(one): one for one in state}.values())
         self.state_before = [one.copy() for one in self.state]
-        self.device = support.features.device if all(map(_is_plain, parts)) else None
-        if any(type(one) not in (torch.Tensor, nn.Parameter) or one.device != self.device for one in self._weights()):
-            self.device = None
-        self.addresses = self._addresses()
+        self.weights = self._weights()
+        device = support.features.device
+        in_place = all(kind in PLAIN and place == device for kind, place, *_ in self.weights)
+        self.device = device if in_place and all(map(_is_plain, parts)) else None
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return score_queries(self.model, self.support, self.text_embeds, pixel_values)
@@ -107,15 +103,13 @@ class _Scored:
         if model is not self.model or support is not self.support or text_embeds is not self.text_embeds:
             return False
         try:  # what is the same object is the same, and equal things are
-            return self.state == self.state_before and self._addresses() == self.addresses
+            return self.state == self.state_before and self._weights() == self.weights
         except (RuntimeError, ValueError):  # tensors or arrays that were replaced have no single truth
             return False
 
-    def _weights(self) -> list[torch.Tensor]:
-        return [one for registry in self.registries for one in registry.values() if one is not None]
-
-    def _addresses(self) -> list[tuple]:
-        return [(one.data_ptr(), one.dtype) for one in self._weights()] if self.device is not None else []
+    def _weights(self) -> list[tuple]:
+        weights = (one for registry in self.registries for one in registry.values() if one is not None)
+        return [(type(one), one.device, one.dtype, type(one) in PLAIN and one.data_ptr()) for one in weights]
 
 
 def _is_plain(part: nn.Module) -> bool:

@@ -25,7 +25,6 @@ from ..model.video_files import URL, ffmpeg_errors, open_video
 from ..model.video_pixels import upright_rgb
 from ..model.video_stream import decode_packet
 from ..model.whole_files import check_whole
-from .query_scores import text_log_probs
 
 FRAMES_TOGETHER = 16  # in one pass through the backbone: more cost memory and are not faster
 
@@ -186,21 +185,23 @@ def in_one_row(windows: list[Window]) -> tuple[list[Frame], list[int]]:
     return frames, starts
 
 
-def window_clips(windows: list[Window]) -> torch.Tensor:
-    """Pixel values (W, T, 3, H, W) of W windows. Raises `ValueError` for frames of different sizes."""
-    return _stack([frame for window in windows for frame in window.frames]).unflatten(0, (len(windows), -1))
-
-
 def window_scores(
-    model: DmgalModel, windows: list[Window], support: DmgalSupport, text_embeds: torch.Tensor | None
+    score: Callable[..., torch.Tensor],
+    model: DmgalModel,
+    windows: list[Window],
+    support: DmgalSupport,
+    text_embeds: torch.Tensor | None,
 ) -> torch.Tensor:
     """
-    What [`score_queries`] makes of W windows, where the backbone sees one frame at a time: only frames that no window
-    had before go through it; they keep their maps in place of their pixels.
+    What `score`, which is [`score_queries`] or replays it, makes of W windows. Where the backbone sees one frame at a
+    time, only frames that no window had before go through it; they keep their maps in place of their pixels.
 
     Raises `ValueError` for frames of different sizes.
     """
     device = support.features.device
+    if not model.frames_are_independent:
+        frames = _stack([frame for window in windows for frame in window.frames]).to(device, model.dtype)
+        return score(model, support, text_embeds, frames.unflatten(0, (len(windows), -1)))
     frames, starts = in_one_row(windows)
     new = list({id(frame): frame for frame in frames if not frame.encoded}.values())
     for start in range(0, len(new), FRAMES_TOGETHER):
@@ -213,7 +214,7 @@ def window_scores(
     scores = [model.score_windows(_stack(frames).movedim(-1, 1), torch.tensor(starts), support).float()]
     if text_embeds is not None:
         pooled = torch.stack([torch.stack([frame.pooled for frame in window.frames]) for window in windows])
-        scores.append(text_log_probs(model, model.embed_videos(pooled), text_embeds))
+        scores.append(model.text_logits(model.embed_videos(pooled), text_embeds).log_softmax(-1))
     return torch.stack(scores, 1)
 
 
