@@ -135,6 +135,8 @@ def format_facts(row: dict[str, Any]) -> str:
         facts.append(f"{row['data_wait_share']:.1%} of the time waiting for data")
     if "memory_gib" in row:
         facts.append(f"{row['memory_gib']:.2f} GiB")
+    if "warm_up_seconds" in row:
+        facts.append(f"first three steps {format_seconds(row['warm_up_seconds'])}")
     if "kernel_seconds" in row:
         facts.append(f"kernels {format_seconds(row['kernel_seconds'])}, {row['launches']:.0f} launches")
     if "flops_per_second" in row:

@@ -79,7 +79,7 @@ def prepare_training(arguments: BenchmarkArguments, fields: dict[str, Any], step
         told.update(workers.run(steps))
 
     def describe(seconds: float) -> dict[str, Any]:
-        names = ("memory_gib", "flops", "kernel_seconds", "launches")
+        names = ("memory_gib", "flops", "kernel_seconds", "launches", "warm_up_seconds")
         facts = {"episodes_per_second": fields["episodes_per_step"] / seconds}
         return facts | {name: told[name] for name in names if name in told}
 

@@ -7,6 +7,7 @@ JSON. Ends with the pipe.
 import functools
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -53,8 +54,10 @@ def main(data: DataArguments, model: ModelArguments, arguments: TrainArguments):
     flops = count_flops(step) * accelerator.num_processes
     facts = {"trainable_parameters": run.num_trainable, "flops": flops, "device": accelerator.device.type}
     if accelerator.device.type == "cuda":
+        before = time.perf_counter()
         for _ in range(3):  # what is compiled or captured is so afterwards
             step()
+        facts["warm_up_seconds"] = time.perf_counter() - before
         facts |= profile_kernels(step)
     with open(os.environ["STEPS"]) if accelerator.is_main_process else nullcontext() as pipe:
         while True:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from datasets import concatenate_datasets
 from filelock import FileLock
@@ -152,6 +153,25 @@ def test_compiled_run_has_the_losses_of_the_plain_one_and_resumes(config, tmp_pa
         assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
         assert three["loss"] == two["loss"]
     assert all(torch.equal(tensor, kept[0][name]) for name, tensor in weights(folder).items())
+
+
+@pytest.mark.slow
+def test_adapters_learn_in_a_run_of_bfloat16_and_are_saved_in_float32(config, tmp_path):
+    backbone = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
+    fields = {"paradigm": "adapter", "backbone_config": backbone, "adapter_config": {"reduction": 1}, "augment": False,
+              "num_episodes": 20, "learning_rate": 0.02, "validate_every": 20, "checkpoint_every": 20}  # fmt: skip
+    AcceleratorState._reset_state()  # one precision a process
+    try:
+        metrics = run(config("half", **fields, mixed_precision="bf16"))
+    finally:
+        AcceleratorState._reset_state()
+    losses = [record["loss"] for record in metrics["training"]["history"]]
+    assert sum(losses[-3:]) < 0.75 * sum(losses[:3])
+    saved = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values() if tensor.is_floating_point()} == {torch.float32}
+    frozen = [tensor for name, tensor in saved.items() if name.endswith("mlp.fc1.weight")]
+    assert len(frozen) == 2 and not any(torch.equal(one, one.bfloat16().float()) for one in frozen)  # to the last bit
 
 
 def test_one_episode_has_no_interval(finished, cache_dir, tmp_path, capsys):
