@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import pipeline
+from transformers import Pipeline, pipeline
 
 from dmgal_hf import DmgalConfig, DmgalModel, DmgalSupport, DmgalVideoProcessor
-from dmgal_hf.inference.pipeline import TASK, FewShotVideoClassificationPipeline
+from dmgal_hf.inference.pipeline import TASK
 from dmgal_hf.inference.streaming import FRAMES_TOGETHER
 from dmgal_hf.model.video_decoding import read_frames_at
 
@@ -104,16 +104,13 @@ def _long_video(arguments: BenchmarkArguments) -> tuple[str, int]:
     return str(path), seconds
 
 
-def _classifier(
-    arguments: BenchmarkArguments, kind: str, cuda_graphs: bool = True
-) -> FewShotVideoClassificationPipeline:
-    """The pipeline, fitted with the supports of the episode."""
+def _classifier(arguments: BenchmarkArguments, kind: str, cuda_graphs: bool = True) -> Pipeline:
+    """Fitted with the supports of the episode."""
     model, support, labels, _ = _episode(kind, arguments.small, arguments.device)
     size, way = support.shape[-1], int(labels.max()) + 1
     processor = DmgalVideoProcessor(num_frames=NUM_FRAMES, size=size * 8 // 7, crop_size=size)
-    classifier = pipeline(
-        TASK, model=model, image_processor=processor, device=arguments.device, cuda_graphs=cuda_graphs
-    )
+    options = {"device": arguments.device, "cuda_graphs": cuda_graphs}
+    classifier = pipeline(TASK, model=model, image_processor=processor, **options)
     clips = (support[0].permute(0, 1, 3, 4, 2).sigmoid() * 255).byte().cpu().unflatten(0, (way, -1))
     return classifier.fit({f"class {n}": list(clips[n].numpy()) for n in range(way)})
 

@@ -1,4 +1,4 @@
-"""Replayed queries: a stand-in for CUDA graphs reads and writes the same memory again, as a GPU does."""
+"""Replayed queries, on a stand-in for a GPU: they are those of the plain call, whatever has changed."""
 
 import copy
 import logging
@@ -8,14 +8,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from card_on_the_cpu import pretend_card
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import CLIPVisionConfig, ResNetConfig, ViTConfig, pipeline
 
 from dmgal_hf import DmgalConfig, DmgalModel, DmgalVideoProcessor, MgaConfig
-from dmgal_hf.data.cuda_graphs import ReplayedCall
 from dmgal_hf.inference import query_scores
 from dmgal_hf.inference.pipeline import TASK
 from dmgal_hf.inference.query_scores import QueryScores, score_queries
@@ -35,66 +33,10 @@ KINDS = {
 }  # fmt: skip
 
 
-class Slot:
-    """What an operation made, by number."""
-
-    def __init__(self, number):
-        self.number = number
-
-
-class Recording(TorchDispatchMode):
-    """Operations and the memory they read, to be run again whatever has become of the modules that called them."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations, self.slots, self.alive = [], {}, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        read = tree_map_only(
-            torch.Tensor,
-            lambda one: self.slots[id(one)] if id(one) in self.slots else one.detach(),
-            (args, kwargs or {}),
-        )
-        results = func(*args, **(kwargs or {}))
-        made = [one for one in tree_flatten(results)[0] if torch.is_tensor(one)]
-        for one in made:
-            self.slots.setdefault(id(one), Slot(len(self.slots)))
-        self.operations.append((func, read, [self.slots[id(one)] for one in made]))
-        self.alive += made  # no other tensor gets their id
-        return results
-
-    def replay(self):
-        made = {}
-        for func, read, slots in self.operations:
-            args, kwargs = tree_map_only(Slot, lambda slot: made[slot.number], read)
-            results = [one for one in tree_flatten(func(*args, **kwargs))[0] if torch.is_tensor(one)]
-            made.update(zip((slot.number for slot in slots), results, strict=True))
-        return made
-
-
 @pytest.fixture
 def card(monkeypatch):
-    """Counts what is captured and replayed."""
-    counts = {"captured": 0, "replayed": 0}
-
-    def capture(self, inputs):
-        counts["captured"] += 1
-        held = {name: tensor.clone() for name, tensor in inputs.items()}
-        with Recording() as recording:
-            outputs = self.function(held)
-        kept = tuple(torch.full_like(output, torch.nan) for output in outputs)
-
-        def replay():
-            counts["replayed"] += 1
-            made = recording.replay()
-            for output, one in zip(kept, outputs, strict=True):
-                output.copy_(made[recording.slots[id(one)].number])
-
-        return replay, held, kept
-
-    monkeypatch.setattr(ReplayedCall, "_capture", capture)
     monkeypatch.setattr(query_scores, "may_replay", lambda device: True)
-    return counts
+    return pretend_card(monkeypatch)
 
 
 def make_model(kind):
@@ -313,15 +255,11 @@ def test_windows_of_a_stream_are_replayed_where_each_goes_through_the_whole_mode
 
 @pytest.mark.parametrize("fault", ["capture", "replay"])
 def test_a_gpu_that_cannot_replay_is_said_once_and_changes_no_answer(card, monkeypatch, caplog, fault):
-    captured = ReplayedCall._capture
-
-    def fail(self, inputs):
+    def fail(*_):
         if fault == "capture":
             raise RuntimeError("operation not permitted when stream is capturing")
-        _, held, outputs = captured(self, inputs)
-        return (lambda: None), held, outputs
 
-    monkeypatch.setattr(ReplayedCall, "_capture", fail)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "pool" if fault == "capture" else "replay", fail)
     queries = Queries(make_model("ft"))
     with caplog.at_level(logging.WARNING):
         for number in range(5):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from card_on_the_cpu import pretend_card
 from transformers import CLIPVisionConfig, ResNetConfig
 
 from dmgal_hf import DmgalConfig, DmgalModel
@@ -171,38 +172,12 @@ def test_a_call_that_cannot_be_captured_runs_plainly_and_says_so_once(monkeypatc
     assert [record.message.count("not permitted when stream is capturing") for record in caplog.records] == [1]
 
 
-@pytest.mark.parametrize("fault", [False, True])
-def test_trying_a_capture_out_leaves_no_trace_and_finds_what_a_replay_leaves_out(caplog, fault):
-    def add(total, inputs):
-        total.add_(inputs["x"] + torch.rand(2))
-        return (inputs["x"] * 2,)
-
-    class Replayed(ReplayedOnTheCpu):
-        def _capture(self, inputs):
-            replay, held, outputs = super()._capture(inputs)
-            return (lambda: None) if fault else replay, held, outputs
-
-    totals = torch.zeros(2), torch.zeros(2)
-    calls = (
-        functools.partial(add, totals[0]),
-        Replayed(functools.partial(add, totals[1]), lambda: [totals[1]]),
-    )
-    for number in range(5):
-        for call in calls:
-            torch.manual_seed(number)
-            assert call({"x": torch.full((2,), 3.0)})[0].tolist() == [6, 6]
-        assert torch.equal(*totals)
-    assert calls[1].failed == fault
-    assert ["differs from the plain call" in record.message for record in caplog.records] == [True] * fault
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device to capture a graph on")
-@pytest.mark.parametrize("kind", ["adapter", "ft"])
-def test_replayed_steps_on_a_gpu_equal_plain_ones(kind):
+def train_plainly_and_replayed(kind, device):
+    """Losses and state of five steps, with dropout, plain ones first."""
     results = []
     for replayed in (False, True):
         fields = {} if kind == "adapter" else {"backbone_config": RESNET, "motion_reduction": 4}
-        model = make_model(**fields).cuda().train()
+        model = make_model(**fields).to(device).train()
         trainable = [one for one in model.parameters() if one.requires_grad]
         for one in trainable:
             one.grad = torch.zeros_like(one)
@@ -216,7 +191,7 @@ def test_replayed_steps_on_a_gpu_equal_plain_ones(kind):
         call = ReplayedCall(step, changed.copy) if replayed else step
         losses = []
         for number in range(5):
-            inputs = {name: value.cuda() for name, value in make_episode(number).items() if torch.is_tensor(value)}
+            inputs = {name: value.to(device) for name, value in make_episode(number).items() if torch.is_tensor(value)}
             torch.manual_seed(number)
             losses.append(call(inputs)[0])
             with torch.no_grad():
@@ -225,6 +200,38 @@ def test_replayed_steps_on_a_gpu_equal_plain_ones(kind):
                     one.grad.zero_()
         assert not replayed or (len(call.graphs) == 1 and not call.failed)
         results.append((torch.stack(losses), {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+    return results
+
+
+@pytest.mark.parametrize("kind", ["adapter", "ft"])
+def test_replayed_steps_equal_plain_ones(monkeypatch, kind):
+    counts = pretend_card(monkeypatch)
+    (losses, state), (replayed_losses, replayed_state) = train_plainly_and_replayed(kind, "cpu")
+    assert torch.equal(replayed_losses, losses)
+    assert all(torch.equal(replayed_state[name], tensor) for name, tensor in state.items())
+    assert counts == {"captured": 1, "replayed": 1 + 4}  # tried once, to no effect
+
+
+def test_a_replay_that_leaves_a_change_out_is_found(monkeypatch, caplog):
+    pretend_card(monkeypatch)
+    total, outside = torch.zeros(1), []
+
+    def add(inputs):
+        outside.append(total)
+        if len(outside) != 3:  # which is the captured one
+            total.add_(inputs["x"])
+        return (2 * inputs["x"],)
+
+    call = ReplayedCall(add, lambda: [total])
+    assert [call({"x": torch.ones(1)})[0].item() for _ in range(4)] == [2, 2, 2, 2]
+    assert total.item() == 4 and call.failed
+    assert ["differs from the plain call" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device to capture a graph on")
+@pytest.mark.parametrize("kind", ["adapter", "ft"])
+def test_replayed_steps_on_a_gpu_equal_plain_ones(kind):
+    results = train_plainly_and_replayed(kind, "cuda")
     torch.testing.assert_close(results[1][0], results[0][0], atol=1e-4, rtol=1e-4)
     for name, tensor in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], tensor, atol=1e-3, rtol=1e-3)

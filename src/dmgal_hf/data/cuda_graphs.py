@@ -1,8 +1,7 @@
 """Calls that a GPU repeats by itself, of training or queries: captured as CUDA graphs, one a shape, and replayed."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -53,64 +52,51 @@ class ReplayedCall:
                 self.seen.add(shapes)
                 return self.function(inputs)
             try:
-                self.graphs[shapes] = self._checked_capture(inputs)
+                self.graphs[shapes] = self._capture(inputs)
             except RuntimeError as error:
                 self.failed, self.graphs = True, {}
                 logger.warning(f"No CUDA graph could be captured, so calls run without: {error}")
                 return self.function(inputs)
-        return self._replay(self.graphs[shapes], inputs)
-
-    @staticmethod
-    def _replay(captured: tuple, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        replay, held, outputs = captured
+        replay, held, outputs = self.graphs[shapes]
         for name, tensor in inputs.items():
             held[name].copy_(tensor)
         replay()
         return tuple(output.clone() for output in outputs)  # the next replay writes over them
 
-    def _checked_capture(self, inputs: dict[str, torch.Tensor]) -> tuple:
-        device = next(iter(inputs.values())).device
-        with self._without_trace(device) as changed:
-            expected = [tensor.clone() for tensor in (*self.function(inputs), *changed)]
-        with self._without_trace(device):
-            captured = self._capture(inputs)
-        with self._without_trace(device) as changed:
-            found = [*self._replay(captured, inputs), *changed]
-            if not all(map(_alike, found, expected)):
-                raise RuntimeError("what it computes differs from the plain call")
-        return captured
-
-    @contextmanager
-    def _without_trace(self, device: torch.device) -> Iterator[list[torch.Tensor]]:
-        """The state, and the random numbers, are afterwards what they were before."""
-        changed = list(self.state())
-        before = [tensor.detach().clone() for tensor in changed]
-        try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                yield changed
-        finally:
-            with torch.no_grad():
-                for tensor, value in zip(changed, before, strict=True):
-                    tensor.copy_(value)
-
     def _capture(self, inputs: dict[str, torch.Tensor]) -> tuple:
-        """What replays, and the tensors it reads and writes."""
+        """What replays, and the tensors it reads and writes; tried once against the plain call."""
         held = {name: tensor.clone() for name, tensor in inputs.items()}
         device = next(iter(held.values())).device
+        changed = list(self.state())
+        before, random_state = [tensor.detach().clone() for tensor in changed], torch.cuda.get_rng_state(device)
+
+        @torch.no_grad()
+        def leave_no_trace():
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
+            torch.cuda.set_rng_state(random_state, device)
+
         stream, pool = self.memory or (torch.cuda.Stream(device), None)
         stream.wait_stream(torch.cuda.current_stream(device))
         try:
             # The outer context brings the stream of before back where the capture fails.
             with torch.cuda.device(device), torch.cuda.stream(stream):
-                self.function(held)  # what is set up at a first call must be so before the capture
+                # Also, what is set up at a first call must be so before the capture.
+                expected = [tensor.clone() for tensor in (*self.function(held), *changed)]
+                leave_no_trace()
                 torch.cuda.synchronize(device)
                 graph = torch.cuda.CUDAGraph()
                 # Not "global": the thread that pins the next batch works on.
                 with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                     outputs = tuple(output.detach() for output in self.function(held))
                 self.memory = stream, graph.pool()
+                leave_no_trace()
+                graph.replay()
+                if not all(map(_alike, (*outputs, *changed), expected)):
+                    raise RuntimeError("what it computes differs from the plain call")
         finally:
             torch.cuda.current_stream(device).wait_stream(stream)
+            leave_no_trace()
         return graph.replay, held, outputs
 
 

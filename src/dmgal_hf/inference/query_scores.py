@@ -1,6 +1,9 @@
 """What a fitted classifier makes of queries; on one GPU it is replayed as a CUDA graph."""
 
+import operator
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,9 +13,8 @@ from ..model.kept_supports import DmgalSupport
 from ..model.modeling_dmgal import DmgalModel
 from ..model.modeling_mga import EpisodeFactsCarrier
 
-PLAIN = (torch.Tensor, nn.Parameter)  # not quantised, not sharded
-# What nn.Module itself has of lists, without those that a forward pass reads; weights are looked at one by one.
-UNREAD = vars(nn.Module()).keys() - {"_modules", "_forward_hooks", "_forward_pre_hooks"}
+# What nn.Module has of lists that a forward pass does not read.
+UNREAD = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
 
 
 def score_queries(
@@ -42,27 +44,25 @@ class QueryScores:
         from ..data.cuda_graphs import ReplayedCall  # `data` imports datasets, which takes longer than all the rest
 
         self.lock = threading.Lock()  # the graphs of all threads read and write the same memory
-        self.scored: _Scored | None = None
-        self.replayed = ReplayedCall(lambda inputs: (self.scored(**inputs),), context=lambda: self.scored)
+        self.captured: _Captured | None = None
+        self.replayed = ReplayedCall(self._score_captured, context=lambda: self.captured)
 
     def __reduce__(self):
         return type(self), ()
 
-    def __call__(
-        self,
-        model: DmgalModel,
-        support: DmgalSupport,
-        text_embeds: torch.Tensor | None,
-        pixel_values: torch.Tensor,
-    ) -> torch.Tensor:
+    def __call__(self, *inputs) -> torch.Tensor:
         """Arguments and result of [`score_queries`], without gradients."""
+        *scored, pixel_values = inputs
         if not self.replayed.failed and may_replay(pixel_values.device):
             with self.lock:
-                if self.scored is None or not self.scored.is_still(model, support, text_embeds):
-                    self.scored = _Scored(model, support, text_embeds)
-                if self.scored.device == pixel_values.device:
+                if self.captured is None or not self.captured.holds_for(scored):
+                    self.captured = _Captured(scored)
+                if self.captured.device == pixel_values.device:
                     return self.replayed({"pixel_values": pixel_values})[0]
-        return score_queries(model, support, text_embeds, pixel_values)
+        return score_queries(*inputs)
+
+    def _score_captured(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
+        return (score_queries(*self.captured.scored, **inputs),)
 
 
 def may_replay(device: torch.device) -> bool:
@@ -72,48 +72,40 @@ def may_replay(device: torch.device) -> bool:
     return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
-class _Scored:
+class _Captured:
     """
-    A model with kept supports, and all that its forward pass depends on: addresses of the weights, modules and their
-    attributes, hooks, fields of the configs.
-
-    `device` is the one that all of it lies on; `None` where it may not be replayed.
+    What graphs are good for: model, supports and texts, and all that a forward pass depends on beside values in place,
+    which a replay sees: addresses of weights, modules with their attributes and hooks, fields of configs. `device` is
+    the one of all this, `None` where it may not be replayed.
     """
 
-    def __init__(self, model: DmgalModel, support: DmgalSupport, text_embeds: torch.Tensor | None):
-        self.model, self.support, self.text_embeds = model, support, text_embeds
+    def __init__(self, scored: Sequence[Any]):
+        self.scored = model, support, _ = scored
         parts = list(model.modules())
-        self.registries = [registry for part in parts for registry in (part._parameters, part._buffers)]
-        attributes = [item for part in parts for item in vars(part).items() if item[0] not in UNREAD]
+        attributes = [value for part in parts for name, value in vars(part).items() if name not in UNREAD]
         state = [support.states, *map(vars, parts)]
-        state += [vars(value) for _, value in attributes if isinstance(value, PreTrainedConfig)]
-        state += [value for _, value in attributes if isinstance(value, (dict, list, set))]
+        state += [vars(one) for one in attributes if isinstance(one, PreTrainedConfig)]
+        state += [one for one in attributes if isinstance(one, (dict, list, set))]
         self.state = list({id(one): one for one in state}.values())
         self.state_before = [one.copy() for one in self.state]
-        self.weights = self._weights()
-        device = support.features.device
-        in_place = all(kind in PLAIN and place == device for kind, place, *_ in self.weights)
-        self.device = device if in_place and all(map(_is_plain, parts)) else None
+        self.weights, device = [*model.parameters(), *model.buffers()], support.features.device
+        lies_there = all(type(one) in (torch.Tensor, nn.Parameter) and one.device == device for one in self.weights)
+        self.device = device if lies_there and all(map(_is_plain, parts)) else None
+        self.weights_before = self._addresses()
 
-    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return score_queries(self.model, self.support, self.text_embeds, pixel_values)
-
-    def is_still(self, model: DmgalModel, support: DmgalSupport, text_embeds: torch.Tensor | None) -> bool:
-        """Whether nothing has changed. Values in place may have: a replay sees them."""
-        if model is not self.model or support is not self.support or text_embeds is not self.text_embeds:
-            return False
+    def holds_for(self, scored: Sequence[Any]) -> bool:
         try:  # what is the same object is the same, and equal things are
-            return self.state == self.state_before and self._weights() == self.weights
+            same = all(map(operator.is_, scored, self.scored)) and self.state == self.state_before
         except (RuntimeError, ValueError):  # tensors or arrays that were replaced have no single truth
             return False
+        return same and self._addresses() == self.weights_before
 
-    def _weights(self) -> list[tuple]:
-        weights = (one for registry in self.registries for one in registry.values() if one is not None)
-        return [(type(one), one.device, one.dtype, type(one) in PLAIN and one.data_ptr()) for one in weights]
+    def _addresses(self) -> list[tuple]:
+        return [(one.data_ptr(), one.dtype) for one in self.weights] if self.device is not None else []
 
 
 def _is_plain(part: nn.Module) -> bool:
-    """Neither in training, nor compiled, offloaded or changed in another way that replaces its forward, nor hooked."""
+    """Neither in training nor hooked, and its forward is not replaced, as where it is compiled or offloaded."""
     hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
     ours = all(isinstance(getattr(hook, "__self__", None), EpisodeFactsCarrier) for hook in hooks)
     return ours and not part.training and "forward" not in vars(part) and part._compiled_call_impl is None
