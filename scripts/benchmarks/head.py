@@ -1,6 +1,7 @@
 """The head: S-MGA, mixer and C-MGA beside the plain equations and the authors' modules."""
 
 import ast
+import copy
 import functools
 import math
 from collections.abc import Mapping
@@ -24,8 +25,9 @@ from dmgal_hf.model.motion_attention import (
     TemporalChannelMixer,
     sinusoidal_position_code,
 )
+from dmgal_hf.training.acceleration import compile_regions
 
-from .measuring import NUM_FRAMES, OURS, BenchmarkArguments, Contender, Group, Run
+from .measuring import NUM_FRAMES, OURS, BenchmarkArguments, Contender, Group, Run, as_graph, count_flops, on_gpu
 
 
 class Head(nn.Module):
@@ -37,6 +39,7 @@ class Head(nn.Module):
         self.self_attention = SelfMotionAttention(config, channels)
         self.mixer = TemporalChannelMixer(NUM_FRAMES, channels)
         self.cross_attention = CrossMotionAttention(config, channels)
+        self.backbone = nn.Identity()  # which a DmgalModel has, for compile_regions
         for name, parameter in self.named_parameters():
             if "gamma" in name:  # it starts at 0, which would hide every difference
                 nn.init.constant_(parameter, 0.5)
@@ -234,6 +237,14 @@ def prepare_head(arguments: BenchmarkArguments, kind: str, method: str, training
     return call_head(makers[kind](), method, maps, training, arguments.device, bfloat16)
 
 
+def prepare_replayed(arguments: BenchmarkArguments, method: str) -> Run:
+    """Ours in bfloat16, as training does it with torch_compile and cuda_graphs."""
+    head, maps = copy.deepcopy(_head_and_maps(arguments.small, arguments.device))
+    compile_regions(head)
+    call = call_head(head, method, maps, True, arguments.device, bfloat16=True).call
+    return Run(as_graph(call), flops=count_flops(call))
+
+
 def call_head(
     module: nn.Module, method: str, maps: list[torch.Tensor], training: bool, device: str, bfloat16: bool = False
 ) -> Run:
@@ -249,8 +260,12 @@ def call_head(
             descriptors = getattr(module, method)(*maps)
         if not training:
             return descriptors
-        loss = sum(one.float().square().mean() for one in descriptors)
-        return torch.autograd.grad(loss, weights, allow_unused=True)[: len(maps)]
+        # Not autograd.grad(), in which operations cannot be counted.
+        sum(one.float().square().mean() for one in descriptors).backward()
+        gradients = tuple(one.grad for one in maps)
+        for one in weights:
+            one.grad = None
+        return gradients
 
     return Run(call, module)
 
@@ -272,5 +287,8 @@ def head_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:
                     shown = f"{name}, bfloat16" if bfloat16 else name
                     prepare = functools.partial(prepare_head, arguments, kind, method, step != "forward", bfloat16)
                     contenders.append(Contender(shown, prepare, same_as=OURS if contenders else None))
+            if on_gpu(arguments.device) and step != "forward":
+                shown = f"{OURS}, bfloat16, torch_compile, cuda_graphs"
+                contenders.append(Contender(shown, functools.partial(prepare_replayed, arguments, method)))
             groups.append(Group(f"{title}: {step}", contenders))
     return groups, skipped

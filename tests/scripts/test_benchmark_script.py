@@ -1,5 +1,6 @@
 """scripts/benchmark.py on tiny shapes: what it reports, and that contenders agree. Never how fast anything is."""
 
+import functools
 import importlib
 import json
 import subprocess
@@ -15,7 +16,7 @@ from dmgal_hf.training.arguments import parse_arguments
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
-from benchmarks import data, head, measuring  # noqa: E402
+from benchmarks import data, head, measuring, support  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +234,29 @@ def test_feed(benchmark, tmp_path, capsys):
 
 def test_time_of_a_gpu_that_runs_several_kernels_at_once_counts_once():
     assert measuring.covered([(5, 6), (0, 2), (1, 3), (1.5, 2)]) == 4 and measuring.covered([]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["head", "support"])
+def test_what_is_measured_on_a_gpu_runs_but_for_the_card(benchmark, tmp_path, capsys, monkeypatch, part):
+    ceilings = {"bf16_flops_per_second": 1e12, "copied_bytes_per_second": 1e12}
+    for module in (benchmark, measuring, head, support):
+        monkeypatch.setattr(module, "on_gpu", lambda device: True)
+        monkeypatch.setattr(module, "as_graph", lambda call: call, raising=False)
+        monkeypatch.setattr(module, "measure_ceilings", lambda device: ceilings, raising=False)
+    monkeypatch.setattr(
+        measuring, "profile_kernels", lambda call: (call(), {"kernel_seconds": 0.001, "launches": 1})[1]
+    )
+    monkeypatch.setattr(measuring, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    result, groups = run_part(benchmark, part, tmp_path)
+    check_structure(result, part, capsys.readouterr().out)
+    for rows in groups.values():
+        for name, row in rows.items():
+            assert row["flops"] > 0 and row["ceiling_share"] > 0 and row["memory_gib"] == 1, name
+            assert row.get("difference", 0) < 0.05, name
 
 
 @pytest.mark.slow
