@@ -287,6 +287,14 @@ class SelfMotionAttention(nn.Module):
         return torch.baddbmm(frames, attention, values)
 
 
+class HiddenFrames(nn.Linear):
+    """
+    The first layer over the frames, which starts with a hidden unit for every frame (ours; the authors' starts at
+    random). Of random sums over T frames, whose maps a ResNet leaves at 0 or above, some are dead from the first step,
+    and how many differs from seed to seed.
+    """
+
+
 class TemporalChannelMixer(nn.Module):
     """
     The mixer between S-MGA and C-MGA (the authors' code): per position a two-layer perceptron over the T frames, then
@@ -299,7 +307,7 @@ class TemporalChannelMixer(nn.Module):
 
     def __init__(self, num_frames: int, channels: int):
         super().__init__()
-        self.temporal_in = nn.Linear(num_frames, num_frames)
+        self.temporal_in = HiddenFrames(num_frames, num_frames)
         self.temporal_out = nn.Linear(num_frames, num_frames)
         self.channel_in = nn.Linear(channels, channels)
         self.channel_out = nn.Linear(channels, channels)

@@ -14,7 +14,7 @@ from .backbones import check_backbone_config, has_adapters, load_backbone, load_
 from .class_texts import TEXT_FOLDER, TextHead, check_has_text_tower, has_text_tower
 from .configuration_dmgal import DmgalConfig
 from .modeling_mga import CLASS_TOKENS
-from .motion_attention import CrossMotionAttention, SelfMotionAttention
+from .motion_attention import CrossMotionAttention, HiddenFrames, SelfMotionAttention
 
 
 class DmgalPreTrainedModel(PreTrainedModel):
@@ -48,6 +48,9 @@ class DmgalPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Conv2d):
             fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
             init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
+        elif isinstance(module, HiddenFrames):
+            init.eye_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
