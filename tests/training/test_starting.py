@@ -106,6 +106,27 @@ def test_head_only_leaves_the_backbone_as_it_is(further, start, tmp_path):
     assert metrics["training"]["trainable_parameters"] == ours
 
 
+@pytest.mark.slow
+def test_the_backbone_has_a_learning_rate_of_its_own(further, start, tmp_path):
+    def moved(name: str, **options) -> dict[bool, float]:
+        run(further(name, **options))
+        after = load_file(tmp_path / name / "model.safetensors")
+        weights = [weight for weight in before if weight.endswith("weight")]
+        return {
+            of_backbone: max(
+                (before[one] - after[one]).abs().max().item()
+                for one in weights
+                if one.startswith("backbone.") == of_backbone
+            )
+            for of_backbone in (True, False)
+        }
+
+    before = load_file(start / "model.safetensors")
+    same, slower = moved("same"), moved("slower", backbone_learning_rate=1e-6)
+    assert same[True] > 1e-4 and same[False] > 1e-4
+    assert 0 < slower[True] < 1e-5 and slower[False] > 1e-4
+
+
 # Adapters alone
 
 
@@ -213,6 +234,8 @@ class TestBadInput:
         settle([*start, "--adapter_config", "{reduction: 2}", "--paradigm", "adapter", "--backbone", backbone])
         with pytest.raises(ValueError, match="head_only is for paradigm ft: with adapter the backbone is frozen"):
             settle([*start, "--head_only"])
+        with pytest.raises(ValueError, match="backbone_learning_rate: with paradigm adapter and head_only it stays"):
+            settle([*start, "--backbone_learning_rate", "1e-4"])
 
     def test_no_checkpoint_of_dmgal(self, backbone, start, tmp_path):
         with pytest.raises(ValueError, match=r"vit is of type 'vit' and no checkpoint of DMGAL: give .* as backbone"):

@@ -135,6 +135,9 @@ class TrainArguments:
     episodes_per_forward: int = HfArg(default=1, help="Episodes a forward pass of a process.")
     optimizer: str = HfArg(default="adamw", help="adamw or sgd.")
     learning_rate: float = HfArg(default=1e-3, help="Highest learning rate.")
+    backbone_learning_rate: float | None = HfArg(
+        default=None, help="Paradigm ft: that of the backbone; by default the same."
+    )
     weight_decay: float = HfArg(default=0.01, help="Weight decay.")
     momentum: float = HfArg(default=0.0, help="Momentum of sgd.")
     lr_scheduler: str = HfArg(default="cosine", help="A schedule of transformers.get_scheduler.")

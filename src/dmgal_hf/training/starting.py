@@ -26,7 +26,7 @@ def settle_arguments(
 
     Raises:
         ValueError: fields that were given do not fit the checkpoint, all of them named, or it is none of DMGAL; or
-            head_only has nothing to freeze, or leaves text_loss_weight nothing to train.
+            head_only has nothing to freeze, or leaves text_loss_weight or backbone_learning_rate nothing to train.
     """
     if model.init_from is not None:
         there = _fields_of_checkpoint(model.init_from)
@@ -42,6 +42,10 @@ def settle_arguments(
         model = replace(model, **there)
     if arguments.head_only and model.paradigm != "ft":
         raise ValueError("head_only is for paradigm ft: with adapter the backbone is frozen anyway, leave it out.")
+    if arguments.backbone_learning_rate is not None and (arguments.head_only or model.paradigm != "ft"):
+        raise ValueError(
+            "backbone_learning_rate: with paradigm adapter and head_only it stays as it is, leave it out."
+        )
     if arguments.head_only and arguments.text_loss_weight > 0:
         raise ValueError("text_loss_weight trains the backbone alone, which head_only keeps as it is: leave one out.")
     if arguments.text_loss_weight > 0:

@@ -56,10 +56,18 @@ logger = get_logger(__name__)
 def build_optimizer(learner: nn.Module, arguments: TrainArguments) -> torch.optim.Optimizer:
     """Over what is trainable; gains, biases and norms are free of weight decay."""
     trainable = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": arguments.weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    rates = [(trainable, arguments.learning_rate)]
+    if arguments.backbone_learning_rate is not None:
+        backbone = [parameter for parameter in learner.model.backbone.parameters() if parameter.requires_grad]
+        known = {id(parameter) for parameter in backbone}
+        rest = [parameter for parameter in trainable if id(parameter) not in known]
+        rates = [(rest, arguments.learning_rate), (backbone, arguments.backbone_learning_rate)]
+    groups = []
+    for parameters, rate in rates:
+        groups.append(
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": arguments.weight_decay, "lr": rate}
+        )
+        groups.append({"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0, "lr": rate})
     fused = all(parameter.is_cuda for parameter in trainable)
     if arguments.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=arguments.learning_rate, momentum=arguments.momentum, fused=fused)
