@@ -20,6 +20,7 @@ from dmgal_hf.data.puppets import (
     _start_clip,
     joint_positions,
     render_clip,
+    render_stills,
 )
 
 pytestmark = pytest.mark.slow  # the fixtures that all share take seconds
@@ -262,3 +263,23 @@ def test_seeds_and_indices_give_other_clips():
     clips = {(p, s, i): render_clip("kick", p, s, i)[::12].tobytes() for p in PRESETS for s in (0, 1) for i in (0, 1)}
     assert len(set(clips.values())) == len(clips)
     assert render_clip("kick", "crowd", 1, 1)[::12].tobytes() == clips["crowd", 1, 1]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_stills_show_a_figure_where_its_joints_are_said_to_be(preset):
+    pictures, joints = render_stills(preset, seed=3, index=5, count=6)
+    assert pictures.shape == (6, SIZE, SIZE, 3) and pictures.dtype == np.uint8 and joints.shape == (6, len(JOINTS), 2)
+    again = render_stills(preset, seed=3, index=5, count=6)
+    assert np.array_equal(pictures, again[0]) and np.array_equal(joints, again[1])
+    assert not np.array_equal(pictures, render_stills(preset, seed=3, index=6, count=6)[0])
+    if preset == "plain":
+        drawn = np.abs(pictures.astype(int) - pictures[:1, :1, :1]).max(-1) > 10
+        columns, rows = np.rint(joints).astype(int).transpose(2, 0, 1)
+        picture, joint = np.nonzero((columns >= 0) & (columns < SIZE) & (rows >= 0) & (rows < SIZE))
+        where = picture, rows[picture, joint], columns[picture, joint]
+        assert len(picture) > 60 and drawn[where].mean() > 0.98
+
+
+def test_stills_tell_an_unknown_preset():
+    with pytest.raises(ValueError, match="unknown preset 'loud' of puppets"):
+        render_stills("loud")

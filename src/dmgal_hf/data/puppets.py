@@ -203,6 +203,10 @@ class _Capsules(NamedTuple):
     colours: np.ndarray  # (n, 2, 3): two colours, 0..1
     waves: np.ndarray  # (n, 4): radians from start to end and where they start, the same from axis to edge
 
+    def at(self, moments: slice | np.ndarray) -> "_Capsules":
+        """The same of some frames."""
+        return _Capsules(self.ends[moments], self.radii[moments], self.nearness[moments], self.colours, self.waves)
+
 
 def _ranges(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of n ranges, one range after the other, and before them which of the ranges each is of."""
@@ -340,19 +344,11 @@ def _draw_others(rng, class_name: str, view: _View) -> list[np.ndarray]:
     return others
 
 
-def render_clip(class_name: str, preset: str = "plain", seed: int = 0, index: int = 0) -> np.ndarray:
-    """Draw clip `index` of a class.
-
-    Returns:
-        (48, 112, 112, 3) uint8 RGB frames, 24 a second; what the video file holds before compression.
-
-    Raises:
-        ValueError: if the class or the preset is unknown.
-    """
-    rng = _start_clip(class_name, preset, seed, index)
+def _render(rng, class_name: str, preset: str, moments: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Frames (moments, SIZE, SIZE, 3) uint8 of a clip, and where the joints are, (moments, joints, 2) in pixels."""
     view, main = _draw_main(rng, class_name)
     style = PRESETS[preset]
-    frames, grounds = draw_backdrop(rng, style.backgrounds, style.ground_levels, view.centre)
+    frames, grounds = draw_backdrop(rng, style.backgrounds, style.ground_levels, view.centre[:, moments])
 
     def figure(seen: np.ndarray) -> _Capsules:
         return _dress(view, seen, _draw_clothes(rng, style, grounds), log_uniform(rng, 0.9, 1.25))
@@ -363,8 +359,38 @@ def render_clip(class_name: str, preset: str = "plain", seed: int = 0, index: in
         things = [_draw_thing(rng, view, style, grounds, 0.0, still) for still in (False, False, True)]
         layers = [*map(figure, others), things[0], *layers, *things[1:]]
     for layer in layers:
-        _paint(frames, layer)
-    return frames
+        _paint(frames, layer.at(moments))
+    return frames, view.project(main)[0][moments]
+
+
+def render_clip(class_name: str, preset: str = "plain", seed: int = 0, index: int = 0) -> np.ndarray:
+    """Draw clip `index` of a class.
+
+    Returns:
+        (48, 112, 112, 3) uint8 RGB frames, 24 a second; what the video file holds before compression.
+
+    Raises:
+        ValueError: if the class or the preset is unknown.
+    """
+    return _render(_start_clip(class_name, preset, seed, index), class_name, preset, slice(None))[0]
+
+
+def render_stills(
+    preset: str = "plain", seed: int = 0, index: int = 0, count: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw pictures of one figure in poses of base classes, to train a backbone that sees but knows no motion.
+
+    Returns:
+        (count, 112, 112, 3) uint8 RGB, at random moments of one action, and where the joints are in them, (count, 20,
+        2) pixels in the order of `JOINTS`, x to the right, y down. Joints may lie outside, or behind something.
+
+    Raises:
+        ValueError: if the preset is unknown.
+    """
+    PUPPETS.check(preset)
+    rng = random_numbers(f"still_puppets/{GENERATOR_VERSION}/{preset}/{operator.index(seed)}/{operator.index(index)}")
+    class_name = choose(rng, [name for name, split in PUPPETS.splits.items() if split == "train"])
+    return _render(rng, class_name, preset, (FRAMES * rng.random(count)).astype(int))
 
 
 def joint_positions(class_name: str, preset: str = "plain", seed: int = 0, index: int = 0) -> np.ndarray:
