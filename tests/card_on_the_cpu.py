@@ -63,15 +63,25 @@ def pretend_card(monkeypatch):
         def pool(self):
             return ()
 
+        def capture_end(self):
+            generator.capturing = False
+
     @contextmanager
     def capture(graph, pool, stream, capture_error_mode):
-        counts["captured"] += 1
+        counts["captured"], generator.capturing = counts["captured"] + 1, True
         with Recording() as graph.recording:
             yield
+        graph.capture_end()
         for output, _ in graph.recording.outputs:  # what is captured has not run
             if output.is_floating_point():
                 output.data.fill_(torch.nan)
 
+    generator = SimpleNamespace(
+        capturing=False,
+        clone_state=torch.default_generator.clone_state,
+        set_state=torch.default_generator.set_state,
+        graphsafe_set_state=lambda other: setattr(generator, "capturing", False),
+    )
     stream = SimpleNamespace(wait_stream=lambda other: None)
     stand_ins = {
         "CUDAGraph": Graph,
@@ -81,8 +91,7 @@ def pretend_card(monkeypatch):
         "stream": lambda stream: nullcontext(),
         "device": lambda device: nullcontext(),
         "synchronize": lambda device: None,
-        "get_rng_state": lambda device: torch.get_rng_state(),
-        "set_rng_state": lambda state, device: torch.set_rng_state(state),
+        "default_generators": {None: generator},
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)

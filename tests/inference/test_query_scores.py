@@ -259,10 +259,11 @@ def test_a_gpu_that_cannot_replay_is_said_once_and_changes_no_answer(card, monke
         if fault == "capture":
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "pool" if fault == "capture" else "replay", fail)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end" if fault == "capture" else "replay", fail)
     queries = Queries(make_model("ft"))
     with caplog.at_level(logging.WARNING):
         for number in range(5):
             queries(1 + number % 2)
     reason = {"capture": "not permitted", "replay": "differs from the plain call"}[fault]
     assert [record.message.count(reason) for record in caplog.records] == [1]
+    assert not torch.cuda.default_generators[None].capturing  # or else no random number could be drawn any more

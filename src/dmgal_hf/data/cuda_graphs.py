@@ -68,13 +68,15 @@ class ReplayedCall:
         held = {name: tensor.clone() for name, tensor in inputs.items()}
         device = next(iter(held.values())).device
         changed = list(self.state())
-        before, random_state = [tensor.detach().clone() for tensor in changed], torch.cuda.get_rng_state(device)
+        before = [tensor.detach().clone() for tensor in changed]
+        generator = torch.cuda.default_generators[device.index]
+        random = generator.clone_state()
 
         @torch.no_grad()
         def leave_no_trace():
             for tensor, value in zip(changed, before, strict=True):
                 tensor.copy_(value)
-            torch.cuda.set_rng_state(random_state, device)
+            generator.set_state(random.get_state())
 
         stream, pool = self.memory or (torch.cuda.Stream(device), None)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -94,6 +96,9 @@ class ReplayedCall:
                 graph.replay()
                 if not all(map(_alike, (*outputs, *changed), expected)):
                     raise RuntimeError("what it computes differs from the plain call")
+        except RuntimeError:
+            generator.graphsafe_set_state(random)  # a capture that broke off leaves the other one in it for ever
+            raise
         finally:
             torch.cuda.current_stream(device).wait_stream(stream)
             leave_no_trace()
