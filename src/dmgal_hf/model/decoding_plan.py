@@ -16,45 +16,46 @@ _B_VOP = 2
 class Plan:
     """
     pts: (packets,) int64, unique among those of frames, which decoded frames carry; shown: (frames,) for each frame
-    in the order shown the position of its packet, starts: and of the packet to start decoding at; begins: (packets,)
-    for each packet the first of those without a picture right before it; restamped: the packets carry other stamps.
+    in the order shown the position of its packet, keys: of the key picture that decoding it starts with, begins: and
+    of the first of those without a picture right before that; restamped: the packets carry other stamps.
     """
 
     pts: np.ndarray
     shown: np.ndarray
-    starts: np.ndarray
+    keys: np.ndarray
     begins: np.ndarray
     restamped: bool
 
 
 def plan_decoding(context: av.VideoCodecContext, index: PacketIndex) -> Plan | None:
     """What the packets tell about the order of frames, or None where they cannot be trusted."""
-    pts, facts, number = index.pts, index.facts, len(index.pts)
-    if context.name not in _PLANNED or number == 0:
+    pts = index.pts
+    if context.name not in _PLANNED:
         return None
     if context.name == "mpeg4":
         pts = _in_vop_order(index.vops)
-    elif context.name in ("h264", "hevc"):
-        known = pts != NO_STAMP
-        reordered = bool(((pts[:-1] > pts[1:]) & known[:-1] & known[1:]).any())
-        if context.has_b_frames and not reordered:  # AVI has time stamps of decoding only
-            return None
-    shown, keys = np.flatnonzero(facts & SHOWN), np.flatnonzero(facts & KEY)
+    elif context.name in ("h264", "hevc") and context.has_b_frames and not _are_reordered(pts):
+        return None  # AVI has time stamps of decoding only
+    pictures, shown, keys = (np.flatnonzero(index.facts & fact) for fact in (PICTURE, SHOWN, KEY))
     if pts is None or not len(shown) or not len(keys):
         return None
-    pictures = np.where(facts & PICTURE, np.arange(number), -1)
-    begins = np.concatenate([[0], np.maximum.accumulate(pictures)[:-1] + 1])
-    key_stamps = pts[keys]
-    if (pts[shown] == NO_STAMP).any() or (key_stamps == NO_STAMP).any() or begins[keys[0]] != 0:
+    begins = np.append(-1, pictures)[np.searchsorted(pictures, keys)] + 1
+    if begins[0] != 0:
         return None
-    shown, keys = shown[np.argsort(pts[shown])], keys[np.argsort(key_stamps, kind="stable")]
-    stamps = pts[shown]
-    if (stamps[1:] == stamps[:-1]).any():
+    order = np.argsort(pts[keys], kind="stable")  # fast, as they are nearly in order
+    keys, begins = keys[order], begins[order]
+    shown = shown[np.argsort(pts[shown], kind="stable")]
+    stamps, key_stamps = pts[shown], pts[keys]
+    if stamps[0] == NO_STAMP or key_stamps[0] == NO_STAMP or (stamps[1:] == stamps[:-1]).any():
         return None
-    starts = np.searchsorted(pts[keys], stamps, "right") - 1
+    starts = np.searchsorted(key_stamps, stamps, "right") - 1
     if starts[0] < 0:  # shown before the first picture that can be decoded
         return None
-    return Plan(pts, shown, keys[starts], begins, pts is not index.pts)
+    return Plan(pts, shown, keys[starts], begins[starts], pts is not index.pts)
+
+
+def _are_reordered(pts: np.ndarray) -> bool:
+    return bool(((pts[:-1] > pts[1:]) & (pts[1:] != NO_STAMP)).any())
 
 
 @dataclass
@@ -69,10 +70,9 @@ class Run:
 def runs_of(plan: Plan, indices: Iterable[int]) -> list[Run]:
     runs: list[Run] = []
     for index in sorted(indices):
-        key, end = int(plan.starts[index]), int(plan.shown[index]) + 1
-        begin = int(plan.begins[key])
+        begin, end = int(plan.begins[index]), int(plan.shown[index]) + 1
         if not runs or begin > runs[-1].end:
-            runs.append(Run(begin, end, int(plan.pts[key])))
+            runs.append(Run(begin, end, int(plan.pts[plan.keys[index]])))
         else:
             runs[-1].end = max(runs[-1].end, end)
     return runs

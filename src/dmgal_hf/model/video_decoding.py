@@ -22,8 +22,7 @@ the mean, up to 48.
 import io
 import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, BinaryIO
 
 import torch
@@ -179,12 +178,11 @@ def _resolve(video: Any) -> tuple[str, str | bytes | BinaryIO]:
     )
 
 
-@contextmanager
-def _as_file(media: str | bytes | BinaryIO) -> Iterator[BinaryIO]:
+def _as_file(media: str | bytes | BinaryIO) -> AbstractContextManager[BinaryIO]:
     """`media` at its beginning; closed only if it was opened here."""
-    if isinstance(media, str | bytes):
-        with open(media, "rb") if isinstance(media, str) else io.BytesIO(media) as file:
-            yield file
-    else:
-        media.seek(0)
-        yield media
+    if isinstance(media, str):
+        return open(media, "rb")
+    if isinstance(media, bytes):
+        return io.BytesIO(media)
+    media.seek(0)
+    return nullcontext(media)

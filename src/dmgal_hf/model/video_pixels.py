@@ -12,31 +12,47 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
+_WAITING_PIXELS = 2**22  # of the frames that are converted together: two of 1080p, fifty of 340x256
+
 
 class WantedFrames:
-    """Gathers the wanted frames of a clip as one (T, H, W, 3) array."""
+    """
+    Gathers the wanted frames of a clip as one (T, H, W, 3) array.
+
+    Frames wait for each other, and are converted together: right after a packet is decoded, the processor's caches
+    hold nothing of the conversion, and a frame takes up to three times as long.
+    """
 
     def __init__(self, indices: list[int]):
         self.indices = indices
         self.missing = set(indices)
+        self.waiting: list[tuple[int, av.VideoFrame]] = []
         self.array: np.ndarray | None = None
         self.reformatter = VideoReformatter()  # one for all frames: it keeps swscale set up
 
     def put(self, index: int, frame: av.VideoFrame) -> None:
-        """Convert `frame` if it is wanted."""
+        """Take `frame` if it is wanted."""
         if index not in self.missing:
             return
         self.missing.remove(index)
-        rgb = upright_rgb(frame, self.reformatter)
-        if self.array is None:
-            self.array = np.empty((len(self.indices), *rgb.shape), np.uint8)
-        elif rgb.shape != self.array.shape[1:]:
-            rgb = _scaled(rgb, *self.array.shape[1:3])
-        for slot, wanted in enumerate(self.indices):
-            if wanted == index:
-                self.array[slot] = rgb
+        self.waiting.append((index, frame))
+        if len(self.waiting) * frame.width * frame.height > _WAITING_PIXELS:
+            self._convert()
+
+    def _convert(self) -> None:
+        for index, frame in self.waiting:
+            rgb = upright_rgb(frame, self.reformatter)
+            if self.array is None:
+                self.array = np.empty((len(self.indices), *rgb.shape), np.uint8)
+            elif rgb.shape != self.array.shape[1:]:
+                rgb = _scaled(rgb, *self.array.shape[1:3])
+            for slot, wanted in enumerate(self.indices):
+                if wanted == index:
+                    self.array[slot] = rgb
+        self.waiting.clear()
 
     def stack(self) -> torch.Tensor:
+        self._convert()
         return torch.from_numpy(self.array).permute(0, 3, 1, 2)
 
 

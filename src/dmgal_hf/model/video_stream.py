@@ -127,7 +127,7 @@ class VideoStream:
                     whole = not whole
                     context.skip_frame = "DEFAULT" if whole else "NONREF"
                 # the frames get no name: kept until the next are there, they would take more of the processor's cache
-                if not _put_planned(context, *decode_packet(context, packet, self.errors), run.first, wanted, frames):
+                if not _put_planned(context, decode_packet(context, packet, self.errors), run.first, wanted, frames):
                     return False
             done = run.end
         return not frames.missing
@@ -200,12 +200,12 @@ def decode_packet(
 
 def _put_planned(
     context: av.VideoCodecContext,
-    decoded: list[av.VideoFrame],
-    said: str | None,
+    came: tuple[list[av.VideoFrame], str | None],
     first: int,
     wanted: dict[int, int],
     frames: WantedFrames,
 ) -> bool:
+    decoded, said = came
     if said is not None:
         return False
     for frame in decoded:
