@@ -435,7 +435,8 @@ def test_loading_makes_no_second_copy(client, tmp_path):
 def test_weights_that_a_checkpoint_lacks_are_initialised(tmp_path):
     folder = shutil.copytree(CHECKPOINT, tmp_path / "lacking")
     weights = load_file(folder / "model.safetensors")
-    names = ("mixer.temporal_in.weight", "self_attention.gamma", "cross_attention.value.weight")
+    names = ("mixer.temporal_out.weight", "self_attention.gamma", "cross_attention.value.weight",
+             "mixer.temporal_in.weight")  # fmt: skip
     for name in names:
         weights.pop(name)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -443,7 +444,8 @@ def test_weights_that_a_checkpoint_lacks_are_initialised(tmp_path):
     assert report["missing_keys"] == set(names)
     state = model.state_dict()
     assert state["self_attention.gamma"] == 0
-    bound = model.mixer.temporal_in.in_features**-0.5
+    assert torch.equal(state[names[3]], torch.eye(model.config.num_frames))  # a hidden unit for every frame
+    bound = model.mixer.temporal_out.in_features**-0.5
     assert (
         0 < state[names[0]].abs().max() <= bound
         and 0.5 < state[names[2]].std() * (9 * len(state[names[2]]) / 2) ** 0.5 < 2

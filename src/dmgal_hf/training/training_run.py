@@ -54,7 +54,7 @@ logger = get_logger(__name__)
 
 
 def build_optimizer(learner: nn.Module, arguments: TrainArguments) -> torch.optim.Optimizer:
-    """Over what is trainable; gains, biases and norms are free of weight decay."""
+    """Over what is trainable; gains, biases and norms are free of weight decay; a backbone may have its own rate."""
     trainable = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     rates = [(trainable, arguments.learning_rate)]
     if arguments.backbone_learning_rate is not None:
