@@ -91,6 +91,9 @@ def pretend_card(monkeypatch):
         "stream": lambda stream: nullcontext(),
         "device": lambda device: nullcontext(),
         "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda device: counts["captured"],
+        "mem_get_info": lambda device: (1, 1),
         "default_generators": {None: generator},
     }
     for name, stand_in in stand_ins.items():

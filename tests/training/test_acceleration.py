@@ -128,35 +128,18 @@ def test_all_blocks_of_a_kind_share_what_is_compiled(monkeypatch):
     assert count_graphs(monkeypatch, 4) == count_graphs(monkeypatch, 6)
 
 
-class ReplayedOnTheCpu(ReplayedCall):
-    """A replay computes anew, and writes to the same memory as a graph would."""
-
-    captures = 0
-
-    def _capture(self, inputs):
-        self.captures += 1
-        held = {name: tensor.clone() for name, tensor in inputs.items()}
-        outputs = tuple(output.clone() for output in self.function(held))
-
-        def replay():
-            for output, value in zip(outputs, self.function(held)):
-                output.copy_(value)
-
-        return replay, held, outputs
-
-
-def test_a_call_is_captured_when_a_shape_comes_again_and_its_results_are_kept():
-    context = [0]
-    call = ReplayedOnTheCpu(lambda inputs: (2 * inputs["x"],), context=lambda: context[0])
+def test_a_call_is_captured_when_a_shape_comes_again_and_its_results_are_kept(monkeypatch):
+    counts, context = pretend_card(monkeypatch), [0]
+    call = ReplayedCall(lambda inputs: (2 * inputs["x"],), context=lambda: context[0])
     results = [call({"x": torch.full((2,), float(number))})[0] for number in range(4)]
-    assert [result.tolist() for result in results] == [[0, 0], [2, 2], [4, 4], [6, 6]] and call.captures == 1
+    assert [result.tolist() for result in results] == [[0, 0], [2, 2], [4, 4], [6, 6]] and counts["captured"] == 1
     call({"x": torch.zeros(3)})
-    assert call.captures == 1
+    assert counts["captured"] == 1
     context[0] = 1  # other weights
     call({"x": torch.zeros(2)})
-    assert call.captures == 1
+    assert counts["captured"] == 1
     call({"x": torch.zeros(2)})
-    assert call.captures == 2
+    assert counts["captured"] == 2 and not call.failed
 
 
 def test_a_call_that_cannot_be_captured_runs_plainly_and_says_so_once(monkeypatch, caplog):
@@ -209,7 +192,7 @@ def test_replayed_steps_equal_plain_ones(monkeypatch, kind):
     (losses, state), (replayed_losses, replayed_state) = train_plainly_and_replayed(kind, "cpu")
     assert torch.equal(replayed_losses, losses)
     assert all(torch.equal(replayed_state[name], tensor) for name, tensor in state.items())
-    assert counts == {"captured": 1, "replayed": 1 + 4}  # tried once, to no effect
+    assert counts == {"captured": 1, "replayed": 2 + 4}  # tried twice, to no effect
 
 
 def test_a_replay_that_leaves_a_change_out_is_found(monkeypatch, caplog):
@@ -226,6 +209,31 @@ def test_a_replay_that_leaves_a_change_out_is_found(monkeypatch, caplog):
     assert [call({"x": torch.ones(1)})[0].item() for _ in range(4)] == [2, 2, 2, 2]
     assert total.item() == 4 and call.failed
     assert ["differs from the plain call" in record.message for record in caplog.records] == [True]
+
+
+def test_a_value_that_came_to_the_host_is_found_with_other_inputs(monkeypatch, caplog):
+    pretend_card(monkeypatch)
+    call = ReplayedCall(lambda inputs: (inputs["x"] * float(inputs["x"]),))
+    assert [call({"x": torch.full((1,), float(number))})[0].item() for number in range(6)] == [0, 1, 4, 9, 16, 25]
+    assert ["differs from the plain call" in record.message for record in caplog.records] == [True]
+
+
+def test_values_that_are_noise_need_not_be_repeated(monkeypatch):
+    pretend_card(monkeypatch)
+    other = torch.Generator().manual_seed(0)
+    call = ReplayedCall(lambda inputs: (torch.empty(100).normal_(generator=other).detach(), 2 * inputs["x"]))
+    assert [call({"x": torch.ones(1)})[1].item() for _ in range(4)] == [2, 2, 2, 2] and not call.failed
+
+
+def test_a_graph_that_takes_more_memory_than_it_leaves_is_given_back(monkeypatch, caplog):
+    pretend_card(monkeypatch)
+    call = ReplayedCall(lambda inputs: (2 * inputs["x"],))
+    sizes = {"memory_reserved": iter([10**9, 7 * 10**9]), "mem_get_info": iter([(4 * 10**9, 0)])}
+    for name, size in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: next(size))
+    assert [call({"x": torch.ones(1)})[0].item() for _ in range(4)] == [2, 2, 2, 2] and call.graphs == {}
+    (record,) = caplog.records
+    assert "it would take 6.0 GB of memory and leave 4.0 GB" in record.message
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device to capture a graph on")

@@ -234,7 +234,9 @@ class TestBadInput:
         settle([*start, "--adapter_config", "{reduction: 2}", "--paradigm", "adapter", "--backbone", backbone])
         with pytest.raises(ValueError, match="head_only is for paradigm ft: with adapter the backbone is frozen"):
             settle([*start, "--head_only"])
-        with pytest.raises(ValueError, match="backbone_learning_rate: with paradigm adapter and head_only it stays"):
+        with pytest.raises(
+            ValueError, match="backbone_learning_rate: with paradigm adapter or head_only the backbone"
+        ):
             settle([*start, "--backbone_learning_rate", "1e-4"])
 
     def test_no_checkpoint_of_dmgal(self, backbone, start, tmp_path):

@@ -350,8 +350,11 @@ class DmgalVideoProcessor(BaseImageProcessor):
             )
         factor = self.rescale_factor if self.do_rescale else 1.0
         mean, std = (self.image_mean, self.image_std) if self.do_normalize else ([0.0] * 3, [1.0] * 3)
-        scale_and_bias = [[factor / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]
-        scale, bias = torch.tensor(scale_and_bias, dtype=torch.float32, device=pixels.device)[..., None, None]
+        # Filled in on the device: for a copy from the host, it would have to be waited for.
+        scale, bias = (
+            torch.stack([torch.full((1, 1), number, dtype=torch.float32, device=pixels.device) for number in numbers])
+            for numbers in ([factor / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)])
+        )
         # The mixed dtypes are meant: no float copy of the pixels is made before the result.
         normalized = torch.addcmul(bias, pixels, scale)
         return normalized.to(pixels.dtype) if pixels.is_floating_point() else normalized

@@ -1,6 +1,6 @@
 """
-What makes a run fast on its device: the precision that weights are held in, blocks compiled by kind, and memory that
-is kept.
+What makes a run fast on its device: the precision that weights are held in, blocks compiled by kind, memory that is
+kept, and whether steps are replayed.
 """
 
 import ctypes
@@ -8,6 +8,8 @@ import platform
 from collections.abc import Iterator
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -107,3 +109,16 @@ def compile_regions(network: DmgalModel) -> None:
         for call in calls:
             # A frozen shape: an episode has the same in every step.
             setattr(module, call, torch.compile(getattr(module, call), dynamic=False))
+
+
+def why_not_replayed(accelerator: Accelerator, gradient_checkpointing: bool) -> str | None:
+    """What keeps the steps of a run from being replayed as CUDA graphs, `None` where nothing does."""
+    if accelerator.device.type != "cuda":
+        return f"these are of CUDA devices, and this is {accelerator.device.type}"
+    if accelerator.distributed_type != DistributedType.NO:
+        return "processes wait for each other within a step"
+    if gradient_checkpointing:
+        return "gradient_checkpointing reads the state of the device within a step"
+    if accelerator.scaler is not None:
+        return "fp16 scales gradients by what it finds in earlier ones"
+    return None

@@ -156,7 +156,10 @@ class TrainArguments:
     augment: bool = HfArg(default=True, help="The method's colour jitter, gray and erasing of queries.")
     horizontal_flip: bool = HfArg(default=False, help="Mirror half of the queries.")
     torch_compile: bool = HfArg(default=False, help="Compile every kind of block once.")
-    cuda_graphs: bool = HfArg(default=False, help="On one GPU, replay training steps as CUDA graphs; not with fp16.")
+    cuda_graphs: bool | None = HfArg(
+        default=None,
+        help="Replay training steps as CUDA graphs; by default on one GPU, not with fp16 or gradient_checkpointing.",
+    )
     gradient_checkpointing: bool = HfArg(default=False, help="Trade time for memory.")
     validation: str = HfArg(
         default="split",

@@ -44,7 +44,7 @@ def settle_arguments(
         raise ValueError("head_only is for paradigm ft: with adapter the backbone is frozen anyway, leave it out.")
     if arguments.backbone_learning_rate is not None and (arguments.head_only or model.paradigm != "ft"):
         raise ValueError(
-            "backbone_learning_rate: with paradigm adapter and head_only it stays as it is, leave it out."
+            "backbone_learning_rate: with paradigm adapter or head_only the backbone stays as it is, leave it out."
         )
     if arguments.head_only and arguments.text_loss_weight > 0:
         raise ValueError("text_loss_weight trains the backbone alone, which head_only keeps as it is: leave one out.")

@@ -41,7 +41,7 @@ from ..data.frame_memory import FrameMemory, keep_frames
 from ..data.written_aside import replace_file
 from ..hub import render_model_card
 from ..model.modeling_dmgal import DmgalModel
-from .acceleration import compile_regions, hold_frozen_backbone, keep_freed_memory
+from .acceleration import compile_regions, hold_frozen_backbone, keep_freed_memory, why_not_replayed
 from .arguments import DataArguments, ModelArguments, TrainArguments
 from .batch_statistics import BatchStatistics
 from .checkpoints import Progress, StopSignal, load_checkpoint, save_checkpoint, write_aside
@@ -203,19 +203,22 @@ class TrainingRun:
             self.progress = load_checkpoint(accelerator, self.output_dir, self.progress.arguments)
             self.scheduler.load_state_dict(self.progress.scheduler)
         self.statistics = BatchStatistics(self.learner, accelerator)
-        self.replayed = None
-        alone = accelerator.device.type == "cuda" and accelerator.distributed_type == DistributedType.NO
-        # Checkpointing and the scaler of fp16 read states of the device.
-        if alone and arguments.cuda_graphs and not arguments.gradient_checkpointing and accelerator.scaler is None:
-            for parameter in self._trainable():
-                parameter.grad = torch.zeros_like(parameter)  # a graph writes to the memory it was captured with
-            self.replayed = ReplayedCall(self._loss_and_gradients, self._changed_in_a_step)
+        self.replayed, reason = None, why_not_replayed(accelerator, arguments.gradient_checkpointing)
+        if reason is None and arguments.cuda_graphs is not False:
+            self.replayed = self._replayed_step()
+        elif arguments.cuda_graphs:
+            accelerator.print(f"cuda_graphs: steps run plainly, as {reason}.")
 
-    def _trainable(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
+    def _replayed_step(self) -> ReplayedCall:
+        weights, buffers = list(self.learner.parameters()), list(self.learner.buffers())
 
-    def _changed_in_a_step(self) -> list[torch.Tensor]:
-        return [*self.learner.buffers(), *(parameter.grad for parameter in self._trainable())]
+        def changed() -> list[torch.Tensor]:
+            return [*buffers, *(weight.grad for weight in weights if weight.grad is not None)]
+
+        def places() -> list[int]:
+            return [tensor.data_ptr() for tensor in (*weights, *changed())]
+
+        return ReplayedCall(self._loss_and_gradients, changed, places)
 
     def _hold(self, network: DmgalModel):
         if self.accelerator.distributed_type != DistributedType.FSDP:  # which shards weights of one dtype
@@ -374,7 +377,7 @@ class TrainingRun:
                 f"After {progress.episodes} episodes the loss is {loss} and the norm of its gradient {norm}: "
                 "the step is left out."
             )
-        self.optimizer.zero_grad(set_to_none=self.replayed is None)
+        self.optimizer.zero_grad(set_to_none=self.replayed is None)  # a graph adds to gradients where they lie
         self.scheduler.step()
         if progress.bad_in_a_row >= arguments.max_bad_steps:
             raise RuntimeError(
