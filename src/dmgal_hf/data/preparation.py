@@ -329,8 +329,11 @@ def _write_shards(folder: Path, clips: list[Clip], arguments: PrepareArguments) 
             for job in jobs:
                 bar.update(write_shard(*job))
             return
-        # Fresh processes: forked ones can hang in the threads of torch.
-        pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=_start_process)
+        # Fresh processes: forked ones can hang in the threads of torch. A server imports once for all of them.
+        server = "forkserver" in multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if server else "spawn")
+        context.set_forkserver_preload([__name__])
+        pool = ProcessPoolExecutor(num_proc, context, initializer=_start_process)
         try:
             for future in as_completed([pool.submit(write_shard, *job) for job in jobs]):
                 bar.update(future.result())
