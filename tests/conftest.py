@@ -1,11 +1,16 @@
+import multiprocessing
 import os
 
 # Before anything imports a library: no chatter, and processes that share the cores.
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or each test process starts more, which import torch
 
 import pytest
+
+# What the processes of a forkserver start with: to import it takes longer than most of what they do.
+multiprocessing.set_forkserver_preload(["dmgal_hf.training.training"])
 
 
 @pytest.fixture(autouse=True)

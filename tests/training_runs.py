@@ -1,11 +1,17 @@
 """Small training runs: in this process, or as real processes of accelerate."""
 
 import json
+import multiprocessing
 import os
+import runpy
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from dmgal_hf.training import train
@@ -44,6 +50,7 @@ def command(config, *options, processes=1):
     return [
         sys.executable, "-m", "accelerate.commands.launch", *(["--cpu"] if processes == 1 else ["--multi_gpu"]),
         "--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--main_process_port", "0",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         str(SCRIPTS / "train.py"), "--config", str(config), *options,
     ]  # fmt: skip
 
@@ -54,6 +61,51 @@ def sharded_command(config):
     launch[launch.index("--multi_gpu") : launch.index("--multi_gpu") + 1] = ["--use_fsdp", "--fsdp_version", "2"]
     launch.insert(launch.index(str(SCRIPTS / "train.py")), str(Path(__file__).parent / "training" / "fsdp_on_cpu.py"))
     return launch
+
+
+def start_forked(words, log):
+    """The processes that a `command` starts, without its launcher, forked from one that has imported all they need.
+
+    Imports take most of the time of a small run. What the processes print is appended to the file `log`.
+    """
+    arguments = launch_command_parser().parse_args(words[words.index("accelerate.commands.launch") + 1 :])
+    env = {**prepare_multi_gpu_env(arguments), "ACCELERATE_USE_CPU": "true"}
+    if arguments.num_processes > 1:
+        env |= {"WORLD_SIZE": words[words.index("--num_processes") + 1], "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(arguments.main_process_port)}  # fmt: skip
+    context = multiprocessing.get_context("forkserver")
+    script = [arguments.training_script, *arguments.training_script_args]
+    processes = [
+        context.Process(target=_run_script, args=(script, env, rank, str(log)))
+        for rank in range(arguments.num_processes)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _run_script(words, env, rank, log):
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(env)
+    if "WORLD_SIZE" in env:
+        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": env["WORLD_SIZE"]})
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def run_forked(words):
+    """The exit status of the first process that failed, else 0, and what all of them printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        processes = start_forked(words, log)
+        for process in processes:
+            process.join(300)
+            process.kill()
+            process.join()
+        codes = [process.exitcode for process in processes]
+        return subprocess.CompletedProcess(words, next(filter(None, codes), 0), log.read_text())
 
 
 def weights(output_dir):

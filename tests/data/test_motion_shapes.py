@@ -161,16 +161,16 @@ def test_two_programs_fill_one_folder_at_once(made, tmp_path, start_program):
     assert contents(tmp_path) == contents(made[0])
 
 
-def test_spawned_processes_make_the_same_clips(made, tmp_path):
+def test_processes_that_are_not_forked_from_this_one_make_the_same_clips(made, tmp_path):
     usual = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("spawn", force=True)
+    multiprocessing.set_start_method("forkserver", force=True)
     try:
         load_motion_shapes("plain", clips_per_class=1, cache_dir=tmp_path, num_proc=2)
     finally:
         multiprocessing.set_start_method(usual, force=True)
-    spawned, reference = contents(tmp_path), contents(made[0])
-    assert len(spawned) == len(MOTIONS)
-    assert spawned == {name: reference[name] for name in spawned}
+    found, reference = contents(tmp_path), contents(made[0])
+    assert len(found) == len(MOTIONS)
+    assert found == {name: reference[name] for name in found}
 
 
 def test_default_folder_is_under_hf_home(monkeypatch, tmp_path):

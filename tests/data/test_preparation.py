@@ -2,12 +2,12 @@
 
 import io
 import json
+import multiprocessing
 import os
 import resource
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
@@ -360,14 +361,17 @@ def test_killed_run_goes_on_where_it_stopped(tmp_path):
     long = write_clip(root / "test" / "kick" / "long 0.avi", 5, 400, codec="mpeg4")
     for k in (1, 2):  # slow enough that the run is at work when it is killed
         shutil.copy(long, long.with_name(f"long {k}.avi"))
-    command = [sys.executable, SCRIPT, "--dataset", "folder", "--videos", root, "--output", output]
-    command += ["--frames", "raw", "--short_side", SHORT_SIDE, "--num_proc", 2]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(output.glob("shards/*.arrow")):
+    fields = {"frames": "raw", "num_proc": 2}
+    process = multiprocessing.get_context("forkserver").Process(target=prepare, args=(root, output), kwargs=fields)
+    process.start()
+    while process.is_alive() and not list(output.glob("shards/*.arrow")):
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    message = process.communicate()[1]  # returns when those that it started have ended, too
-    assert process.returncode == -signal.SIGKILL, message
+    readers = psutil.Process(process.pid).children()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    gone, left = psutil.wait_procs(readers, timeout=60)
+    assert gone and not left
     kept = {name: stamp for name, stamp in shards(output).items() if name.endswith(".arrow")}
     done = len(read_records(output))
     assert 0 < done < 21

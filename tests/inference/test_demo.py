@@ -112,11 +112,10 @@ def test_uploads_that_are_not_taken(clips, tmp_path):
         demo.read_classes(["a", "b"], [[good] * 11, [good]])
 
 
-@pytest.fixture
-def page(checkpoint, tmp_path):
+@pytest.fixture(scope="module")
+def page(checkpoint, tmp_path_factory):
     """Address of the page, served by a process of its own, which leaves no file behind."""
-    port, temporary = free_port(), tmp_path / "temporary"
-    temporary.mkdir()
+    port, temporary = free_port(), tmp_path_factory.mktemp("temporary")
     environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "DMGAL_MODEL": checkpoint,
                    "TMPDIR": str(temporary)}  # fmt: skip
     server = subprocess.Popen([sys.executable, str(APP), "--port", str(port), "--max_file_mb", "1"], env=environment)

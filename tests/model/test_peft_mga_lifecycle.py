@@ -369,7 +369,8 @@ def train_in_a_process(rank, rendezvous, videos, outcome):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's file rendezvous needs a POSIX path")
 def test_two_processes_average_the_gradients_of_two_episodes(tmp_path, videos):
-    mp.spawn(train_in_a_process, (tmp_path / "rendezvous", videos, tmp_path / "gradients.pt"), nprocs=2)
+    arguments = tmp_path / "rendezvous", videos, tmp_path / "gradients.pt"
+    mp.start_processes(train_in_a_process, arguments, nprocs=2, start_method="forkserver")
     got = torch.load(tmp_path / "gradients.pt", weights_only=True)
     expected = gradients(adapted(), videos, {"num_frames": 2, "num_support": [2, 2]})
     assert got.keys() == expected.keys()

@@ -1,7 +1,7 @@
 """Training on few classes of one's own: splits too small for an episode, and ways of their own."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from towers import save_towers
-from training_runs import ON_CPU, SCRIPTS, run
+from training_runs import SCRIPTS, run
 from transformers import AutoModel
 
 from dmgal_hf.data.made_up_videos import encode_frames
@@ -44,21 +44,24 @@ def small(tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_classes_of_ten_clips_give_a_trained_model_with_one_command(eight_classes, small, tmp_path, capsys):
+def test_eight_classes_of_ten_clips_give_a_trained_model_with_one_command(
+    eight_classes, small, tmp_path, monkeypatch, capsys
+):
     """And that one another, by the configs that are shipped for it; of CLIP a tiny one stands in."""
     save_towers(tmp_path / "clip", "clip")
     configs = SCRIPTS / "configs"
-    script = [sys.executable, str(SCRIPTS / "train.py"), "--config", str(configs / "own_clips.yaml")]
-    options = [*small(eight_classes, "first"), "--backbone", str(tmp_path / "clip")]
-    result = subprocess.run([*script, *options], capture_output=True, text=True, env=ON_CPU)
-    assert result.returncode == 0, result.stdout + result.stderr
+    words = [str(SCRIPTS / "train.py"), "--config", str(configs / "own_clips.yaml"),
+             *small(eight_classes, "first"), "--backbone", str(tmp_path / "clip")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(words[0], run_name="__main__")
+    printed = capsys.readouterr().out
     for sentence in (
         "The validation split has one class, too few for an episode: as with validation none, the last weights are "
         "the result, and 6 classes train.\n",
         "Episodes of the split test have 2 classes, as many as there are.\n",
         "novel classes, 2-way 1-shot:",
     ):
-        assert result.stdout.count(sentence) == 1, result.stdout
+        assert printed.count(sentence) == 1, printed
     metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert "validation" not in metrics and metrics["test"]["way"] == 2 and len(metrics["test"]["per_class"]) == 2
     assert metrics["training"]["best_episodes"] == metrics["training"]["episodes"] == 4

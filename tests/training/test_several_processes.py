@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 from safetensors.torch import load_file
-from training_runs import ON_CPU, SCRIPTS, assert_same_end, command, run, sharded_command, weights
+from training_runs import ON_CPU, SCRIPTS, assert_same_end, command, run, run_forked, sharded_command, weights
 from transformers import AutoModel, AutoProcessor
 
 from dmgal_hf.data import load_motion_shapes, sample_episodes
@@ -76,8 +76,8 @@ def test_two_processes_resumed_after_kill_equal_uninterrupted(finished_by_two, c
     gone, left = psutil.wait_procs(workers, timeout=60)
     assert not left and len(gone) == 2
     assert not (out / "metrics.json").exists()
-    result = subprocess.run([*launch, "--resume"], capture_output=True, text=True, env=ON_CPU)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run_forked([*launch, "--resume"])
+    assert result.returncode == 0, result.stdout
     assert_same_end(out, finished_by_two[0])
 
 
@@ -88,9 +88,9 @@ def test_two_processes_agree_on_the_state_they_go_on_from(finished_by_two, confi
     shutil.copytree(finished_by_two[0], out)
     (out / "checkpoints" / "episode-000000008" / "random_states_1.pkl").write_bytes(os.urandom(1000))
     words = command(config("copy"), "--resume", processes=2)
-    result = subprocess.run(words, capture_output=True, text=True, env=ON_CPU)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("is damaged (random_states_1.pkl") == 1
+    result = run_forked(words)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("is damaged (random_states_1.pkl") == 1
     assert_same_end(out, finished_by_two[0])
 
 
@@ -122,8 +122,8 @@ def test_fsdp_makes_the_same_updates_saves_whole_models_and_resumes(finished, co
     launch = sharded_command(path)
     results, models = [], []
     for options in ((), ("--resume",)):
-        result = subprocess.run([*launch, *options], capture_output=True, text=True, env=ON_CPU)
-        assert result.returncode == 0, result.stdout + result.stderr
+        result = run_forked([*launch, *options])
+        assert result.returncode == 0, result.stdout
         results.append(json.loads((out / "metrics.json").read_text()))
         models.append(load_file(out / "model.safetensors"))
         (out / "metrics.json").unlink()
@@ -148,8 +148,8 @@ def test_evaluation_is_the_same_with_several_processes_and_several_episodes_at_o
         launch = command("unused", processes=processes)
         launch = [*launch[: launch.index(str(SCRIPTS / "train.py"))], str(SCRIPTS / "evaluate.py")]
         launch += [*options, "--episodes_per_forward", str(together), "--json", str(path)]
-        result = subprocess.run(launch, capture_output=True, text=True, env=ON_CPU)
-        assert result.returncode == 0, result.stdout + result.stderr
+        result = run_forked(launch)
+        assert result.returncode == 0, result.stdout
         results.append(json.loads(path.read_text()))
     assert results[0] == results[1]
     assert [(r["shot"], r["num_episodes"], r["num_queries"]) for r in results[0]] == [(1, 7, 21), (2, 7, 21)]
@@ -157,11 +157,6 @@ def test_evaluation_is_the_same_with_several_processes_and_several_episodes_at_o
 
 @pytest.mark.slow
 def test_more_processes_than_episodes(config):
-    result = subprocess.run(
-        command(config("many"), "--episodes_per_step", "1", processes=2),
-        capture_output=True,
-        text=True,
-        env=ON_CPU,
-    )
+    result = run_forked(command(config("many"), "--episodes_per_step", "1", processes=2))
     assert result.returncode != 0
-    assert "episodes_per_step=1 cannot be shared out to 2 processes" in result.stderr
+    assert "episodes_per_step=1 cannot be shared out to 2 processes" in result.stdout

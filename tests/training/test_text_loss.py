@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from towers import make_tokenizer, save_towers
-from training_runs import ON_CPU, run, sharded_command
+from training_runs import run, run_forked, sharded_command
 from transformers import AutoModel, AutoProcessor, ResNetConfig, ResNetModel
 
 from dmgal_hf import DmgalModel, DmgalVideoProcessor
@@ -101,8 +100,8 @@ def test_a_run_with_text_leaves_a_model_that_knows_its_text_tower(config, tmp_pa
     assert not any("text_embeds" in name or "text_model" in name for name in saved)
 
     launch = [*sharded_command(path), "--output_dir", str(tmp_path / "sharded"), "--validation", "none"]
-    result = subprocess.run(launch, capture_output=True, text=True, env=ON_CPU)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run_forked(launch)
+    assert result.returncode == 0, result.stdout
     sharded = json.loads((tmp_path / "sharded" / "metrics.json").read_text())["training"]["history"]
     assert [record["loss"] for record in sharded] == pytest.approx([record["loss"] for record in history], rel=1e-3)
 

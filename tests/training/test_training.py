@@ -5,9 +5,8 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from filelock import FileLock
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from training_runs import FIELDS, SCRIPTS, assert_same_end, command, run, weights
+from training_runs import FIELDS, SCRIPTS, assert_same_end, command, run, start_forked, weights
 from transformers import AutoModel, AutoProcessor
 
 from dmgal_hf import DmgalConfig, MgaConfig
@@ -79,14 +78,19 @@ def test_training_changes_what_it_should(config):
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
-def start_and_wait_for_checkpoint(command, output_dir, episodes):
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    wanted = Path(output_dir, "checkpoints", f"episode-{episodes:09d}")
-    deadline = time.monotonic() + 120
-    while not wanted.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()
-        time.sleep(0.01)
-    return process
+@contextmanager
+def started(words, log, until):
+    """The process of a run, when there is a file or folder `until`; what it prints is in a file."""
+    (process,) = start_forked(words, log)
+    try:
+        deadline = time.monotonic() + 120
+        while not until.exists():
+            assert process.is_alive() and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 @pytest.mark.slow
@@ -105,9 +109,8 @@ def test_kept_frames_change_nothing_and_are_gone_at_the_end(finished, config, tm
 @pytest.mark.parametrize("episodes", [2, 4])
 def test_resumed_after_kill_equals_uninterrupted(finished, config, tmp_path, episodes):
     path = config("killed")
-    process = start_and_wait_for_checkpoint(command(path), tmp_path / "killed", episodes)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    with started(command(path), tmp_path / "log", tmp_path / "killed" / "checkpoints" / f"episode-{episodes:09d}"):
+        pass
     assert not (tmp_path / "killed" / "metrics.json").exists()
     run(path, "--resume")
     assert_same_end(tmp_path / "killed", finished[0])
@@ -116,15 +119,12 @@ def test_resumed_after_kill_equals_uninterrupted(finished, config, tmp_path, epi
 @pytest.mark.slow
 def test_sigterm_saves_first(finished, config, tmp_path):
     path = config("stopped", checkpoint_every=8, validate_every=8)
-    script = [sys.executable, str(SCRIPTS / "train.py"), "--config", str(path), "--validate_every", "2"]
-    process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not (tmp_path / "stopped" / "best").exists():  # after the first of four steps
-        assert process.poll() is None, process.communicate()[0].decode()
-        time.sleep(0.01)
-    process.terminate()
-    output = process.communicate()[0].decode()
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert "Go on with --resume" in output
+    words, log = command(path, "--validate_every", "2"), tmp_path / "log"
+    with started(words, log, tmp_path / "stopped" / "best") as process:  # after the first of four steps
+        process.terminate()
+        process.join(120)
+    assert process.exitcode == 128 + signal.SIGTERM, log.read_text()
+    assert "Go on with --resume" in log.read_text()
     run(path, "--resume", "--validate_every", "2")
     assert_same_end(tmp_path / "stopped", finished[0])
 
