@@ -55,7 +55,7 @@ class ReplayedCall:
         if (context := self.context()) != self.made_for:
             self._forget()
             self.made_for = context
-        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
+        shapes = _shapes(inputs)
         if shapes not in self.graphs and (shapes not in self.seen or len(self.graphs) == MOST_GRAPHS):
             self.seen.add(shapes)
             return self.function(inputs)
@@ -72,6 +72,11 @@ class ReplayedCall:
             logger.warning(f"No CUDA graph could be captured, so calls run without: {error}")
         # Not where the error still holds memory. If it is the function's own, this raises it.
         return self.function(inputs) if self.failed else self.graphs[shapes](inputs)
+
+    def only_replays(self, inputs: dict[str, torch.Tensor]) -> bool:
+        """Whether a call with these is a replay and nothing else: of a graph that has been tried out."""
+        graph = self.graphs.get(_shapes(inputs))
+        return graph is not None and graph.trials == 0 and self.context() == self.made_for
 
     def _capture(self, inputs: dict[str, torch.Tensor]) -> "_Graph":
         held = {name: tensor.clone() for name, tensor in inputs.items()}
@@ -140,6 +145,10 @@ class _Graph:
             self.held[name].copy_(tensor)
         self.replay()
         return tuple(output.clone() for output in self.outputs)  # the next replay writes over them
+
+
+def _shapes(inputs: dict[str, torch.Tensor]) -> tuple:
+    return tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
 
 
 def _alike(first: torch.Tensor, second: torch.Tensor, found: torch.Tensor) -> bool:

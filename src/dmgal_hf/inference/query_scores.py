@@ -54,11 +54,17 @@ class QueryScores:
         """Arguments and result of [`score_queries`], without gradients."""
         *scored, pixel_values = inputs
         if not self.replayed.failed and may_replay(pixel_values.device):
+            queries, scores = {"pixel_values": pixel_values}, None
             with self.lock:
-                if self.captured is None or not self.captured.holds_for(scored):
-                    self.captured = _Captured(scored)
-                if self.captured.device == pixel_values.device:
-                    return self.replayed({"pixel_values": pixel_values})[0]
+                known, repeated = self.captured, self.replayed.only_replays(queries)
+                if repeated and known.lies_there(scored, pixel_values):
+                    scores = self.replayed(queries)[0]  # at once: the GPU works while the host looks at all else
+                if known is None or not known.holds_for(scored):
+                    self.captured, scores = _Captured(scored), None
+                if scores is None and self.captured.device == pixel_values.device:
+                    scores = self.replayed(queries)[0]
+            if scores is not None:
+                return scores
         return score_queries(*inputs)
 
     def _score_captured(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
@@ -93,7 +99,13 @@ class _Captured:
         self.device = device if lies_there and all(map(_is_plain, parts)) else None
         self.weights_before = self._addresses()
 
+    def lies_there(self, scored: Sequence[Any], pixel_values: torch.Tensor) -> bool:
+        """Whether the memory that graphs read is still that of these, on the device of the queries."""
+        same = all(map(operator.is_, scored, self.scored)) and self.device == pixel_values.device
+        return same and self._addresses() == self.weights_before
+
     def holds_for(self, scored: Sequence[Any]) -> bool:
+        """Whether nothing has changed but values in place."""
         try:  # what is the same object is the same, and equal things are
             same = all(map(operator.is_, scored, self.scored)) and self.state == self.state_before
         except (RuntimeError, ValueError):  # tensors or arrays that were replaced have no single truth
