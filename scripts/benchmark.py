@@ -6,6 +6,12 @@ what rests in memory before it, each contender in a process of its own. Where co
 outputs are compared before the clock runs. On a GPU (`--device cuda`) each is shown with its peak memory, the time
 that kernels run, their number, and its share of what products of bf16 matrices reach in the same run.
 
+What is to be reached on an H100 stands below its table, as reached or MISSED (`--device cuda --reference DIR`):
+train: the adapters' 1-shot step, as a share of the ceiling and beside LoRA's; DMGAL-FT's step beside the authors'; the
+seconds until blocks are compiled. head: the whole head, its memory, and C-MGA alone, beside the authors'. support: one
+query beside a CUDA graph of the bare backbone. feed: the share of time that a run waits for data. Whether anything on
+a CPU is slower than at another commit, its checkout tells: head, adapter and support there and here.
+
 Parts: head (S-MGA, mixer, C-MGA), growth (C-MGA as episodes grow; `--plot FILE` draws it), adapter (MGA in a frozen
 ViT), support (kept supports), data (frames, cache, lists), train (steps of training in processes of accelerate), feed
 (training episodes as they reach the device), evaluate (every clip encoded once for all episodes).
@@ -114,7 +120,15 @@ def format_group(group: dict[str, Any]) -> str:
         has_memory = "peak_bytes" in row
         cells += [f"{row['memory_ratio']:.2f}", f"{row['peak_bytes'] / 1e6:.1f}"] if has_memory else ["", ""]
         lines.append(f"| {' | '.join([*cells, format_facts(row)])} |")
+    lines += ["", *map(format_reach, group["reaches"])] if group["reaches"] else []
     return "\n".join(lines) + "\n"
+
+
+def format_reach(reach: dict[str, Any]) -> str:
+    limit = f"at least {reach['at_least']}" if reach["at_most"] is None else f"at most {reach['at_most']:.3g}"
+    of = "" if reach["to"] is None else f" in parts of {reach['to']}"
+    state = "reached" if reach["reached"] else "MISSED"
+    return f"- {state}: {reach['contender']}, {reach['fact']}{of}: {reach['value']:.3g}, {limit}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -133,6 +147,8 @@ def format_facts(row: dict[str, Any]) -> str:
         facts.append(f"{row['episodes_per_second']:.3g} episodes/s")
     if "data_wait_share" in row:
         facts.append(f"{row['data_wait_share']:.1%} of the time waiting for data")
+    if row.get("replayed") is False:
+        facts.append("NOT REPLAYED")
     if "memory_gib" in row:
         facts.append(f"{row['memory_gib']:.2f} GiB")
     if "warm_up_seconds" in row:

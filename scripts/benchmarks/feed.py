@@ -28,7 +28,7 @@ from dmgal_hf.training import train
 from dmgal_hf.training.arguments import DataArguments, ModelArguments, TrainArguments
 
 from .data import KINETICS, make_clips
-from .measuring import NUM_FRAMES, BenchmarkArguments, Contender, Group, Run, on_gpu
+from .measuring import NUM_FRAMES, BenchmarkArguments, Contender, Group, Reach, Run, on_gpu
 from .models import FULL, TINY
 
 WAY, SHOT, QUERY = 5, 1, 4
@@ -121,7 +121,9 @@ def prepare_run(arguments: BenchmarkArguments, source: str, num_episodes: int, w
 
 def feed_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:
     workers = os.cpu_count() or 1
-    alone, under = (2, 4) if arguments.small else (8 * workers, 4 * workers if on_gpu(arguments.device) else 8)
+    alone, under = (2, 4) if arguments.small else (8 * workers, 8)
+    if on_gpu(arguments.device) and not arguments.small:
+        alone, under = 4 * workers, 4 * workers
     clips = f"{WAY * (SHOT + QUERY)} clips, {KINETICS.name}"
     contenders = [
         Contender(source, functools.partial(prepare_feeding, arguments, source, alone, workers), same_as)
@@ -134,4 +136,5 @@ def feed_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:
     ]
     model = "CLIP ViT-B/16" if not arguments.small else "a small ViT"
     title = f"a whole run of {under} such episodes, adapters in {model}"
-    return [*groups, Group(title, contenders, memory=False, most_repeats=1)], []
+    reaches = (Reach("raw cache", "data_wait_share", at_most=0.1),) if on_gpu(arguments.device) else ()
+    return [*groups, Group(title, contenders, memory=False, most_repeats=1, reaches=reaches)], []

@@ -27,7 +27,18 @@ from dmgal_hf.model.motion_attention import (
 )
 from dmgal_hf.training.acceleration import compile_regions
 
-from .measuring import NUM_FRAMES, OURS, BenchmarkArguments, Contender, Group, Run, as_graph, count_flops, on_gpu
+from .measuring import (
+    NUM_FRAMES,
+    OURS,
+    BenchmarkArguments,
+    Contender,
+    Group,
+    Reach,
+    Run,
+    as_graph,
+    count_flops,
+    on_gpu,
+)
 
 
 class Head(nn.Module):
@@ -290,5 +301,10 @@ def head_groups(arguments: BenchmarkArguments) -> tuple[list[Group], list[str]]:
             if on_gpu(arguments.device) and step != "forward":
                 shown = f"{OURS}, bfloat16, torch_compile, cuda_graphs"
                 contenders.append(Contender(shown, functools.partial(prepare_replayed, arguments, method)))
-            groups.append(Group(f"{title}: {step}", contenders))
+            reaches, ours, theirs = (), f"{OURS}, bfloat16", "the authors' modules, bfloat16"
+            if on_gpu(arguments.device) and arguments.reference and step != "forward":
+                reaches = (Reach(shown, "seconds", theirs, at_most=1 / 3 if method == "cross" else 1 / 4),)
+                if method == "forward":
+                    reaches += (Reach(ours, "memory_gib", theirs, at_most=1 / 3),)
+            groups.append(Group(f"{title}: {step}", contenders, reaches=reaches))
     return groups, skipped

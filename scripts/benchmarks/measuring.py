@@ -1,5 +1,6 @@
 """Measuring contenders side by side: time in turns, memory in processes of their own."""
 
+import dataclasses
 import functools
 import gc
 import os
@@ -24,6 +25,7 @@ NUM_FRAMES = 8
 OURS = "dmgal_hf"
 PARTS = ("head", "growth", "adapter", "support", "data", "train", "feed", "evaluate")
 GPU_PARTS = ("head", "train", "support", "feed")  # in one call of a few minutes
+GROUP_SECONDS = 10  # after which no further round of a group begins on a GPU: all parts are to take 6 minutes
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmark.py"
 PEAK_RESET = Path("/proc/self/clear_refs")  # of Linux: what "5" is written to counts the peak of memory anew
 
@@ -105,6 +107,26 @@ def relative_difference(output: Any, expected: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """A figure that a contender is to reach: a fact of its row, or its ratio to that of the contender `to`."""
+
+    contender: str
+    fact: str
+    to: str | None = None
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def measure(self, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        value = rows[self.contender][self.fact]
+        if self.to is not None and self.fact == "seconds":  # round by round, as the machine is not always as fast
+            value = statistics.median(mine / other for mine, other in zip(value, rows[self.to][self.fact]))
+        elif self.to is not None:
+            value /= rows[self.to][self.fact]
+        reached = value >= self.at_least if self.at_most is None else value <= self.at_most
+        return {**dataclasses.asdict(self), "value": value, "reached": reached}
+
+
+@dataclass(frozen=True)
 class Group:
     """Contenders to be measured side by side; ratios are to the first."""
 
@@ -113,6 +135,7 @@ class Group:
     memory: bool = True
     compare: Callable[[Any, Any], dict[str, Any]] = relative_difference
     most_repeats: int | None = None
+    reaches: tuple[Reach, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,7 +193,8 @@ def measure_group(group: Group, arguments: BenchmarkArguments) -> dict[str, Any]
             row["peak_bytes"] = memory_of_its_own_process(f"{group.name}|{row['name']}", arguments)
         for row in rows:
             row["memory_ratio"] = row["peak_bytes"] / max(rows[0]["peak_bytes"], 1)
-    return {"name": group.name, "baseline": first, "contenders": rows}
+    reaches = [reach.measure({row["name"]: row for row in rows}) for reach in group.reaches]
+    return {"name": group.name, "baseline": first, "contenders": rows, "reaches": reaches}
 
 
 def on_gpu(device: str) -> bool:
@@ -180,8 +204,9 @@ def on_gpu(device: str) -> bool:
 def measure_on_gpu(run: Run, device: str) -> dict[str, Any]:
     """What one call takes of the device: its kernels, operations and memory."""
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     facts = profile_kernels(run.call)
-    facts["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    facts["memory_gib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**30  # a graph's is its own
     facts["flops"] = run.flops if run.flops is not None else count_flops(run.call)
     return facts
 
@@ -257,8 +282,10 @@ def as_graph(call: Callable[[], Any]) -> Callable[[], Any]:
 
 def time_interleaved(calls: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
     seconds = {name: [] for name in calls}
-    names = list(calls)
+    names, began = list(calls), time.perf_counter()
     for round_number in range(repeats):
+        if round_number > 0 and on_gpu(device) and time.perf_counter() - began > GROUP_SECONDS:
+            break
         shift = round_number % len(names)  # nobody always follows the same one
         for name in names[shift:] + names[:shift]:
             gc.collect()

@@ -59,6 +59,8 @@ def main(data: DataArguments, model: ModelArguments, arguments: TrainArguments):
             step()
         facts["warm_up_seconds"] = time.perf_counter() - before
         facts |= profile_kernels(step)
+        if arguments.cuda_graphs:
+            facts["replayed"] = run.replayed is not None and not run.replayed.failed
     with open(os.environ["STEPS"]) if accelerator.is_main_process else nullcontext() as pipe:
         while True:
             (line,) = broadcast_object_list([pipe.readline() if accelerator.is_main_process else None])

@@ -16,7 +16,7 @@ from dmgal_hf.training.arguments import parse_arguments
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
-from benchmarks import data, head, measuring, support  # noqa: E402
+from benchmarks import data, feed, head, measuring, support, train  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -252,11 +252,38 @@ def test_what_is_measured_on_a_gpu_runs_but_for_the_card(benchmark, tmp_path, ca
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     result, groups = run_part(benchmark, part, tmp_path)
-    check_structure(result, part, capsys.readouterr().out)
+    check_structure(result, part, printed := capsys.readouterr().out)
     for rows in groups.values():
         for name, row in rows.items():
             assert row["flops"] > 0 and row["ceiling_share"] > 0 and row["memory_gib"] == 1, name
             assert row.get("difference", 0) < 0.05, name
+
+    for group in result["parts"][part]["groups"]:
+        for reach in group["reaches"]:  # each query beside the bare backbone, which is the first
+            assert reach["value"] == groups[group["name"]][reach["contender"]]["time_ratio"]
+            assert f"{'reached' if reach['reached'] else 'MISSED'}: {reach['contender']}, seconds in parts" in printed
+    assert sum(len(group["reaches"]) for group in result["parts"][part]["groups"]) == {"head": 0, "support": 2}[part]
+
+
+def test_what_is_to_be_reached_on_a_gpu_has_rows(monkeypatch, tmp_path):
+    for module in (head, support, train, feed):
+        monkeypatch.setattr(module, "on_gpu", lambda device: True)
+    monkeypatch.setattr(head, "has_fast_bfloat16", lambda device: True)
+    arguments = measuring.BenchmarkArguments(reference=str(tmp_path), folder=str(tmp_path))
+    groups = [group for part in (head, train, support, feed)
+              for group in getattr(part, f"{part.__name__.split('.')[-1]}_groups")(arguments)[0]]  # fmt: skip
+    for group in groups:
+        named = {name for reach in group.reaches for name in (reach.contender, reach.to) if name is not None}
+        assert named <= {contender.name for contender in group.contenders}, group.name
+    assert sum(len(group.reaches) for group in groups) == 3 + 5 + 2 + 1
+
+
+def test_a_figure_is_reached_or_missed_round_by_round():
+    rows = {"a": {"seconds": [1.0, 4.0, 1.0], "share": 0.5}, "b": {"seconds": [2.0, 4.0, 8.0], "share": 2.0}}
+    measured = measuring.Reach("a", "seconds", "b", at_most=0.5).measure(rows)
+    assert measured["value"] == 0.5 and measured["reached"]
+    assert not measuring.Reach("a", "share", "b", at_least=0.3).measure(rows)["reached"]
+    assert measuring.Reach("a", "share", at_least=0.5).measure(rows)["reached"]
 
 
 @pytest.mark.slow
