@@ -14,8 +14,10 @@ from towers import save_towers
 from training_runs import assert_same_end, run
 
 from dmgal_hf import DmgalModel, DmgalVideoProcessor
+from dmgal_hf.data.cuda_graphs import ReplayedCall
 from dmgal_hf.training import training_run
 from dmgal_hf.training.acceleration import why_not_replayed
+from dmgal_hf.training.arguments import TrainArguments, parse_arguments
 from dmgal_hf.training.episode_learner import EpisodeLearner
 
 ADAPTER = {"paradigm": "adapter", "adapter_config": {"reduction": 2}, "num_frames": 4, "backbone_config": None}
@@ -125,6 +127,13 @@ def test_a_step_with_all_losses_neither_reads_a_value_nor_brings_one(tmp_path):
         learner(batch, way=2)[0].backward()
 
 
+@pytest.mark.parametrize(("options", "value"), [([], None), ([""], True), (["false"], False), (["null"], None)])
+def test_the_switch_has_a_default_beside_on_and_off(options, value):
+    argv = ["--cuda_graphs", *filter(None, options)] if options else []
+    (arguments,) = parse_arguments((TrainArguments,), argv)
+    assert arguments.cuda_graphs is value
+
+
 def test_what_keeps_steps_from_being_replayed():
     gpu = {"device": torch.device("cuda"), "distributed_type": DistributedType.NO, "scaler": None}
 
@@ -135,3 +144,18 @@ def test_what_keeps_steps_from_being_replayed():
     assert "processes wait" in reason(distributed_type=DistributedType.MULTI_GPU)
     assert "gradient_checkpointing" in reason(gradient_checkpointing=True)
     assert "fp16" in reason(scaler=object())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device to replay steps on")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_run_on_a_gpu_is_replayed_and_learns_as_the_plain_one(config, any_precision, monkeypatch, caplog, precision):
+    captured, capture = [], ReplayedCall._capture
+    monkeypatch.setattr(ReplayedCall, "_capture", lambda *inputs: captured.append(1) or capture(*inputs))
+    fields = {"mixed_precision": precision, "num_episodes": 20, "validation": "none", "test_episodes": 0}
+    histories = [
+        run(config(name, **fields, cuda_graphs=switch))["training"]["history"]
+        for name, switch in (("plain", False), ("replayed", None))
+    ]
+    assert captured == [1] and warnings_of_graphs(caplog) == []
+    for plain, replayed in zip(*histories, strict=True):
+        assert replayed["loss"] == pytest.approx(plain["loss"], rel=1e-3 if precision == "no" else 0.1)

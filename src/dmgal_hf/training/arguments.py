@@ -308,6 +308,8 @@ def parse_arguments(
             action.nargs = "*"
         elif type(None) in get_args(known.get(action.dest)):
             action.type = partial(_none_or, action.type)
+            if bool in get_args(known[action.dest]):
+                action.nargs, action.const = "?", True  # as every switch
     values = {} if config is None else _read_yaml(Path(config))
     for name, value in values.items():
         if name not in known:
