@@ -3,8 +3,9 @@
 Contenders of a group take turns in one run, so that whatever else the machine does falls on all of them. Shown are
 medians, and the median of each round's ratio to the first contender of the group. Peak memory is what one call adds to
 what rests in memory before it, each contender in a process of its own. Where contenders compute the same thing, their
-outputs are compared before the clock runs. On a GPU (`--device cuda`) each is shown with its peak memory, the time
-that kernels run, their number, and its share of what products of bf16 matrices reach in the same run.
+outputs are compared before the clock runs. On a GPU (`--device cuda`) each is shown with its peak memory (of a process
+that trains all it holds; of a call that is replayed nothing, as its graph keeps it), the time that kernels run, their
+number, and its share of what products of bf16 matrices reach in the same run.
 
 What is to be reached on an H100 stands below its table, as reached or MISSED (`--device cuda --reference DIR`):
 train: the adapters' 1-shot step, as a share of the ceiling and beside LoRA's; DMGAL-FT's step beside the authors'; the
