@@ -330,9 +330,10 @@ def _write_shards(folder: Path, clips: list[Clip], arguments: PrepareArguments) 
                 bar.update(write_shard(*job))
             return
         # Fresh processes: forked ones can hang in the threads of torch. A server imports once for all of them.
-        server = "forkserver" in multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if server else "spawn")
-        context.set_forkserver_preload([__name__])
+        context = multiprocessing.get_context("spawn")
+        if "forkserver" in multiprocessing.get_all_start_methods():
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
         pool = ProcessPoolExecutor(num_proc, context, initializer=_start_process)
         try:
             for future in as_completed([pool.submit(write_shard, *job) for job in jobs]):
