@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or each test process starts more, which import torch
 
 import pytest
 
