@@ -136,9 +136,8 @@ def test_association_averages_patches_on_request_and_shows_the_frames(processor)
     cells = [[6 * row + column for row in rows for column in columns]
              for rows in ((0, 1), (2, 3)) for columns in ((0, 1, 2), (3, 4, 5))]  # fmt: skip
     expected = [[full[np.ix_(own, other)].mean() for other in cells] for own in cells]
-    np.testing.assert_allclose(
-        image(axes["association"]), expected, rtol=1e-5, atol=1e-30
-    )  # nor are the smallest exact
+    # The smallest lie where float32 has few digits left.
+    np.testing.assert_allclose(image(axes["association"]), expected, rtol=1e-5, atol=1e-30)
     for t in (1, 2):
         np.testing.assert_array_equal(image(axes[f"frame {t}"]), video[t])
         assert [text.get_text() for text in axes[f"frame {t}"].texts] == ["0", "1", "2", "3"]
