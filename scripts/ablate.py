@@ -12,7 +12,7 @@ import json
 import math
 import multiprocessing
 import statistics
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -186,15 +186,20 @@ def run_side_by_side(jobs: list[tuple], processes: int) -> list[dict[int, dict[s
     if PartialState().num_processes > 1:
         raise ValueError(f"processes={processes}: start this script as one process to train runs side by side.")
     load_videos(jobs[0][0])  # made-up clips are made once, not by every run
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, max_tasks_per_child=1)  # accelerate's state is a process's own
+    pool = ThreadPoolExecutor(processes)
     try:
-        runs = [pool.submit(run_alone, *job) for job in jobs]
+        runs = [pool.submit(run_in_a_process, *job) for job in jobs]
         for run in tqdm(as_completed(runs), total=len(runs), desc="Training", unit="run"):
             run.result()  # the first that fails ends the rest, as it would one after the other
         return [run.result() for run in runs]
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def run_in_a_process(*job) -> dict[int, dict[str, Any]]:
+    """[`run_alone`] in a process that begins with the run: one that has been queued there would begin after Ctrl-C."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(run_alone, *job).result()
 
 
 # 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom; more seeds than ten take the last.

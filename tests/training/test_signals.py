@@ -120,6 +120,22 @@ def test_ctrl_c_while_validating_ends_at_once(config, tmp_path):
     assert newest_state(out) == 2 and not (out / "best").exists()
 
 
+@pytest.mark.slow
+def test_ctrl_c_in_an_ablation_begins_no_other_run(config, tmp_path):
+    """Its two runs save their states and end; the third, which waited for its turn, never gets it."""
+    options = LONG | {"test_episodes": 1, "checkpoint_every": 2, "num_workers": 0}
+    words = [sys.executable, str(SCRIPTS / "ablate.py"), "--config", str(config(**options)), "--processes", "2"]
+    with started([*words, "--only", "full", "--seeds", "0", "1", "2"], tmp_path) as process:
+        for seed in (0, 1):
+            wait_for(f"full/seed_{seed}/checkpoints/episode-*", tmp_path / "run", process)
+        family = family_of(process)
+        os.killpg(process.pid, signal.SIGINT)
+        assert not psutil.wait_procs(family, timeout=120)[1]
+    runs = sorted(tmp_path.glob("run/full/*"))
+    assert [run.name for run in runs] == ["seed_0", "seed_1"]
+    assert all("Stopped. Go on with --resume" in (run / "output.txt").read_text() for run in runs)
+
+
 def test_a_launcher_that_went_while_the_training_was_starting(monkeypatch):
     """The first process has taken over; the training would go on to its end."""
     if "python" in " ".join(psutil.Process(1).cmdline()):
