@@ -197,7 +197,10 @@ def run_side_by_side(jobs: list[tuple], processes: int) -> list[dict[int, dict[s
 
 
 def run_in_a_process(*job) -> dict[int, dict[str, Any]]:
-    """[`run_alone`] in a process that begins with the run: one that has been queued there would begin after Ctrl-C."""
+    """
+    [`run_alone`] in a new process, as accelerate's state is a process's own. Processes that serve several runs would
+    have the next one in their queue, and begin it after Ctrl-C.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(run_alone, *job).result()
 
